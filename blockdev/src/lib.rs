@@ -1,0 +1,25 @@
+//! Bios and the devices that carry them.
+//!
+//! A filesystem hands a [`Bio`] to a [`BlockDevice`]; the device completes it by
+//! calling its `end_io`, which gets the bio back, with its buffers. Submission
+//! never blocks on the disk. A thread that wants to wait uses
+//! [`submit_bio_wait`] or the helpers on [`dyn BlockDevice`](BlockDevice).
+//!
+//! A device moves sectors and knows nothing of caches or journals.
+//!
+//! Lock order, outermost first: mempool wait list, plug list (thread-local),
+//! engine queue. No lock is held while an `end_io` runs.
+
+pub mod aligned;
+pub mod bio;
+pub mod device;
+pub mod limits;
+pub mod status;
+pub mod units;
+
+pub use aligned::AlignedBuf;
+pub use bio::{Bio, BioFlags, BioOp, BioVec, IoBuffer};
+pub use device::{BlockDevice, submit_bio_wait};
+pub use limits::QueueLimits;
+pub use status::{BlkResult, BlkStatus};
+pub use units::{SECTOR_SIZE, Sector};

@@ -1,0 +1,1 @@
+//! The FUSE front: requests from /dev/fuse to a filesystem

@@ -1,0 +1,1 @@
+//! The journal: recovery, handles, commit and checkpoint

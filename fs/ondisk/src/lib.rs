@@ -1,0 +1,21 @@
+//! The ext2, ext3, ext4 and jbd2 formats: codecs without I/O.
+//!
+//! Everything here turns bytes into checked values and edits bytes in place.
+//! Nothing here reads a disk, allocates from an on-disk number that was not
+//! checked first, or panics on any input.
+//!
+//! Invariants:
+//! - Raw structures (`RawSuperblock`, `RawInode`, …) are `#[repr(C)]`, unaligned
+//!   and carry their byte order in the type; their fields keep Linux's names.
+//!   They are edited in place, so fields this crate does not know survive.
+//! - Checked types (`Superblock`, …) are parsed once; code past that point does
+//!   not check again.
+//! - Corruption is an [`error::Corrupt`] that says where.
+#![forbid(unsafe_code)]
+
+pub mod checksum;
+pub mod error;
+pub mod units;
+
+pub use error::{Corrupt, Result};
+pub use units::{FsBlock, GroupNumber, InodeNumber, LogicalBlock};

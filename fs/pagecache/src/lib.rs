@@ -1,0 +1,1 @@
+//! Frames, address spaces, the reverse map and writeback

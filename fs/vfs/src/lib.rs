@@ -1,0 +1,1 @@
+//! The traits between a filesystem and its front ends

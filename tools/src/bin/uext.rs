@@ -1,0 +1,3 @@
+//! The `uext` program.
+
+fn main() {}

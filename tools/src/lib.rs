@@ -1,0 +1,1 @@
+//! uext: mkfs, fsck, mount and more, one program
