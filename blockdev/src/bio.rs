@@ -129,7 +129,9 @@ impl Bio {
     /// A discard or write-zeroes of `bytes` bytes.
     pub fn range(op: BioOp, sector: Sector, bytes: u64) -> Self {
         assert!(matches!(op, BioOp::Discard | BioOp::WriteZeroes), "only operations without data");
-        Self { bytes, ..Self::new(op, BioFlags::empty(), sector) }
+        let mut bio = Self::new(op, BioFlags::empty(), sector);
+        bio.bytes = bytes;
+        bio
     }
 
     /// Appends memory.
