@@ -1,1 +1,20 @@
-//! The traits between a filesystem and its front ends
+//! The traits between a filesystem and its front ends.
+//!
+//! A front end (`/dev/fuse` today) holds an `Arc<dyn FileSystem>` and calls it
+//! from many threads. Everything is by inode number: names are resolved one
+//! component at a time, and what a front end learned by [`FileSystem::lookup`]
+//! it gives back by [`FileSystem::forget`].
+//!
+//! Locks: this crate holds none while it calls a filesystem.
+#![forbid(unsafe_code)]
+
+pub mod errno;
+pub mod ops;
+pub mod reply;
+
+pub use errno::{Errno, Result};
+pub use ops::{
+    Attr, Context, Entry, FileHandle, FileKind, FileSystem, Ino, OpenReply, RenameFlags, SetAttr,
+    SetTime, StatFs, Timestamp, WriteFlags, XattrFlags,
+};
+pub use reply::{DirEntry, DirSink, ReadReply, ReadSegment};
