@@ -15,6 +15,7 @@
 
 pub mod checksum;
 pub mod error;
+pub mod jbd2;
 pub mod units;
 
 pub use error::{Corrupt, Result};
