@@ -14,7 +14,7 @@ pub mod reply;
 
 pub use errno::{Errno, Result};
 pub use ops::{
-    Attr, Context, Entry, FileHandle, FileKind, FileSystem, Ino, OpenReply, RenameFlags, SetAttr,
-    SetTime, StatFs, Timestamp, WriteFlags, XattrFlags,
+    Attr, Capabilities, Context, Entry, FileHandle, FileKind, FileSystem, Ino, Ioctl, OpenReply,
+    RenameFlags, SetAttr, SetTime, StatFs, Timestamp, WriteFlags, XattrFlags,
 };
 pub use reply::{DirEntry, DirSink, ReadReply, ReadSegment};

@@ -194,6 +194,9 @@ bitflags! {
         const CREATE = 1;
         /// Fail with `ENODATA` when it does not.
         const REPLACE = 2;
+        /// With `system.posix_acl_access`: clear the set-group-ID bit, the caller being
+        /// neither of the owning group nor privileged.
+        const ACL_KILL_SGID = 1 << 8;
     }
 
     /// How a write came.
@@ -227,6 +230,30 @@ pub struct OpenReply {
     pub cache_dir: bool,
 }
 
+/// What a front end tells the kernel when it mounts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Capabilities {
+    /// Nothing is kept per open file: `open`, `create`, `flush`, `release`, `opendir` and
+    /// `releasedir` need not be called (a file is then made by `mknod` alone), and calls
+    /// on open files carry `FileHandle(0)`.
+    pub stateless_open: bool,
+    /// POSIX ACLs are kept and, where a directory has a default ACL, inherited: `mode`
+    /// arrives without the umask applied, and the filesystem applies `Context::umask`
+    /// where no default ACL does.
+    pub posix_acl: bool,
+}
+
+/// An ioctl(2) of fixed size, on an open file or directory.
+#[derive(Clone, Copy, Debug)]
+pub struct Ioctl<'a> {
+    /// The command's number, such as `FS_IOC_GETFLAGS`.
+    pub cmd: u32,
+    /// What the caller handed in.
+    pub input: &'a [u8],
+    /// The most bytes the caller takes back.
+    pub out_size: usize,
+}
+
 /// What statfs(2) shows; block counts in units of `bsize`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct StatFs {
@@ -254,6 +281,11 @@ pub struct StatFs {
 pub trait FileSystem: Send + Sync {
     /// The root directory's inode number.
     fn root(&self) -> Ino;
+
+    /// What the front end should ask of the kernel. The same for as long as it is mounted.
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::default()
+    }
 
     /// Resolves one name; counts one lookup of the inode.
     fn lookup(&self, ctx: &Context, parent: Ino, name: &[u8]) -> Result<Entry>;
@@ -431,6 +463,18 @@ pub trait FileSystem: Send + Sync {
     /// lseek(2) with `SEEK_DATA` and `SEEK_HOLE`.
     fn lseek(&self, _ctx: &Context, _ino: Ino, _offset: u64, _whence: i32) -> Result<u64> {
         Err(Errno::ENOSYS)
+    }
+
+    /// ioctl(2); gives what goes back to the caller, at most `out_size` bytes. `ENOTTY`
+    /// for a command it does not know.
+    fn ioctl(
+        &self,
+        _ctx: &Context,
+        _ino: Ino,
+        _fh: FileHandle,
+        _ioctl: &Ioctl<'_>,
+    ) -> Result<Vec<u8>> {
+        Err(Errno::ENOTTY)
     }
 
     /// Makes everything durable (sync(2), syncfs(2)).
