@@ -94,15 +94,76 @@ impl BioVec {
         Self { buf, offset, len }
     }
 
-    /// First byte, for an engine.
+    /// First byte, for an engine, which may use the `len` bytes from there.
+    ///
+    /// # Panics
+    /// When the range is not inside the buffer: the fields are public, so the
+    /// check stands where the pointer is made.
     pub fn as_ptr(&self) -> *mut u8 {
-        // SAFETY: the range was checked against the buffer when the bvec was made.
+        let end = self.offset as usize + self.len as usize;
+        assert!(end <= self.buf.io_len(), "bvec outside its buffer");
+        // SAFETY: the range was just checked against the buffer.
         unsafe { self.buf.io_ptr().as_ptr().add(self.offset as usize) }
+    }
+
+    /// Device side: copies the memory out, under the module's I/O rule (the
+    /// caller carries the bio; nobody changes the memory meanwhile).
+    ///
+    /// # Panics
+    /// When `dst` is not `len` bytes long.
+    pub fn copy_to_slice(&self, dst: &mut [u8]) {
+        assert_eq!(dst.len(), self.len as usize, "length of a bvec copy");
+        // SAFETY: `as_ptr` checks the range, `dst` is exclusively borrowed, and
+        // the I/O rule keeps others from writing the source.
+        unsafe { std::ptr::copy_nonoverlapping(self.as_ptr(), dst.as_mut_ptr(), dst.len()) }
+    }
+
+    /// Device side: fills the memory, under the module's I/O rule (the caller
+    /// carries the bio; nobody else touches the memory meanwhile).
+    ///
+    /// # Panics
+    /// When `src` is not `len` bytes long.
+    pub fn copy_from_slice(&self, src: &[u8]) {
+        assert_eq!(src.len(), self.len as usize, "length of a bvec copy");
+        // SAFETY: as for `copy_to_slice`, with the roles exchanged.
+        unsafe { std::ptr::copy_nonoverlapping(src.as_ptr(), self.as_ptr(), src.len()) }
+    }
+
+    /// The part of this bvec from `skip` on, at most `len` bytes.
+    fn sub(&self, skip: u32, len: u32) -> Self {
+        Self { buf: self.buf.clone(), offset: self.offset + skip, len: len.min(self.len - skip) }
     }
 }
 
-/// Called once with the finished bio.
-pub type EndIo = Box<dyn FnOnce(Bio) + Send>;
+/// Completes many bios without a closure for each: writeback, which must not
+/// allocate, shares one handler and tells its bios apart by [`Bio::private`].
+pub trait BioEndIo: Send + Sync {
+    /// Called once with each finished bio.
+    fn end_io(&self, bio: Bio);
+}
+
+/// What is called once with the finished bio.
+pub enum EndIo {
+    /// A closure of this bio.
+    Once(Box<dyn FnOnce(Bio) + Send>),
+    /// A handler shared by many bios; setting and calling it allocates nothing.
+    Shared(Arc<dyn BioEndIo>),
+}
+
+impl EndIo {
+    fn call(self, bio: Bio) {
+        match self {
+            Self::Once(end_io) => end_io(bio),
+            Self::Shared(handler) => handler.end_io(bio),
+        }
+    }
+}
+
+/// Where the bvec array of a pooled bio goes when the bio is dropped.
+pub(crate) trait VecHome: Send + Sync {
+    /// Takes the emptied array back.
+    fn put(&self, vecs: Vec<BioVec>);
+}
 
 /// One operation on a run of sectors.
 pub struct Bio {
@@ -112,13 +173,40 @@ pub struct Bio {
     bytes: u64,
     vecs: Vec<BioVec>,
     status: BlkResult<()>,
+    private: u64,
     end_io: Option<EndIo>,
+    home: Option<Arc<dyn VecHome>>,
 }
 
 impl Bio {
     /// A read or write; add memory with [`Bio::add_vec`].
     pub fn new(op: BioOp, flags: BioFlags, sector: Sector) -> Self {
-        Self { op, flags, sector, bytes: 0, vecs: Vec::new(), status: Ok(()), end_io: None }
+        Self {
+            op,
+            flags,
+            sector,
+            bytes: 0,
+            vecs: Vec::new(),
+            status: Ok(()),
+            private: 0,
+            end_io: None,
+            home: None,
+        }
+    }
+
+    #[expect(dead_code, reason = "used by the bio set, which follows")]
+    /// As [`Bio::new`], with a bvec array that returns to `home` with the bio's drop.
+    pub(crate) fn pooled(
+        op: BioOp,
+        flags: BioFlags,
+        sector: Sector,
+        vecs: Vec<BioVec>,
+        home: Arc<dyn VecHome>,
+    ) -> Self {
+        let mut bio = Self::new(op, flags, sector);
+        bio.vecs = vecs;
+        bio.home = Some(home);
+        bio
     }
 
     /// A cache flush.
@@ -143,15 +231,114 @@ impl Bio {
 
     /// Sets what is called when the bio has finished.
     pub fn set_end_io(&mut self, end_io: impl FnOnce(Bio) + Send + 'static) {
-        self.end_io = Some(Box::new(end_io));
+        self.end_io = Some(EndIo::Once(Box::new(end_io)));
+    }
+
+    /// Sets a shared handler that is called when the bio has finished; allocates nothing.
+    pub fn set_end_io_shared(&mut self, handler: Arc<dyn BioEndIo>) {
+        self.end_io = Some(EndIo::Shared(handler));
+    }
+
+    /// Takes what would be called, for a layer that completes the bio in another
+    /// way. A bio without it completes silently.
+    pub fn take_end_io(&mut self) -> Option<EndIo> {
+        self.end_io.take()
+    }
+
+    /// Puts back what [`Bio::take_end_io`] took.
+    pub fn restore_end_io(&mut self, end_io: Option<EndIo>) {
+        self.end_io = end_io;
+    }
+
+    /// Changes the modifiers, for a layer that does part of the work itself.
+    pub fn set_flags(&mut self, flags: BioFlags) {
+        self.flags = flags;
+    }
+
+    /// Moves the bio to another place, for a layer that maps sectors.
+    pub fn set_sector(&mut self, sector: Sector) {
+        self.sector = sector;
+    }
+
+    /// A number of the submitter's, carried along (`bi_private`).
+    pub fn private(&self) -> u64 {
+        self.private
+    }
+
+    /// Sets [`Bio::private`].
+    pub fn set_private(&mut self, private: u64) {
+        self.private = private;
+    }
+
+    /// A bio over the same memory for `bytes` bytes from `skip` on, with the same
+    /// operation and flags and no `end_io`: a piece of a split, or a copy to try
+    /// again with.
+    ///
+    /// # Panics
+    /// When the range is not inside the bio.
+    pub fn piece(&self, skip: u64, bytes: u64) -> Self {
+        assert!(skip.checked_add(bytes).is_some_and(|end| end <= self.bytes), "piece outside bio");
+        let mut piece = Self::new(self.op, self.flags, Sector(self.sector.0 + skip / SECTOR_SIZE));
+        if self.vecs.is_empty() {
+            piece.bytes = bytes;
+            return piece;
+        }
+        let (mut skip, mut left) = (skip, bytes);
+        for vec in &self.vecs {
+            let len = u64::from(vec.len);
+            if skip >= len {
+                skip -= len;
+                continue;
+            }
+            if left == 0 {
+                break;
+            }
+            // Both fit: `skip` is below the bvec's length, `left` is capped by it.
+            let part = vec.sub(skip as u32, left.min(u64::from(u32::MAX)) as u32);
+            left -= u64::from(part.len);
+            skip = 0;
+            piece.add_vec(part);
+        }
+        piece
+    }
+
+    /// Device side: a copy of a write's data.
+    pub fn data(&self) -> Vec<u8> {
+        let mut data = vec![0; usize::try_from(self.bytes).unwrap_or(usize::MAX)];
+        let mut rest = data.as_mut_slice();
+        for vec in &self.vecs {
+            let (part, tail) = rest.split_at_mut(vec.len as usize);
+            vec.copy_to_slice(part);
+            rest = tail;
+        }
+        data
+    }
+
+    /// Device side: gives a read its data.
+    ///
+    /// # Panics
+    /// When `data` is not as long as the bio.
+    pub fn fill(&self, data: &[u8]) {
+        assert_eq!(data.len() as u64, self.bytes, "length of a read's data");
+        let mut rest = data;
+        for vec in &self.vecs {
+            let (part, tail) = rest.split_at(vec.len as usize);
+            vec.copy_from_slice(part);
+            rest = tail;
+        }
     }
 
     /// Completes the bio: called once, by the device.
     pub fn end_io(mut self, status: BlkResult<()>) {
         self.status = status;
         if let Some(end_io) = self.end_io.take() {
-            end_io(self);
+            end_io.call(self);
         }
+    }
+
+    /// Notes how it ended without calling `end_io`, where its submitter waits for it.
+    pub fn set_status(&mut self, status: BlkResult<()>) {
+        self.status = status;
     }
 
     /// What it does.
@@ -202,7 +389,11 @@ impl Drop for Bio {
             let empty = Bio::new(self.op, self.flags, self.sector);
             let mut lost = std::mem::replace(self, empty);
             lost.status = Err(BlkStatus::IoErr);
-            end_io(lost);
+            end_io.call(lost);
+        } else if let Some(home) = self.home.take() {
+            let mut vecs = std::mem::take(&mut self.vecs);
+            vecs.clear();
+            home.put(vecs);
         }
     }
 }

@@ -27,24 +27,54 @@ pub trait BlockDevice: Send + Sync {
             self.submit_bio(bio);
         }
     }
+
+    /// Submits a bio, in place of whose `end_io` the calling thread waits; the bio
+    /// comes back with its buffers. A device that can do the work in the calling
+    /// thread does, since handing it to another costs more than a fast disk.
+    ///
+    /// # Errors
+    /// How the bio failed.
+    fn submit_bio_wait(&self, mut bio: Bio) -> BlkResult<Bio> {
+        let (done, wait) = crossbeam_channel::bounded(1);
+        bio.set_end_io(move |bio| {
+            // The receiver waits below, so the only error is its thread's panic.
+            let _ = done.send(bio);
+        });
+        self.submit_bio(bio);
+        let bio = wait.recv().map_err(|_| BlkStatus::IoErr)?;
+        bio.status().map(|()| bio)
+    }
+
+    /// Submits many at once and waits for all of them; each comes back with its
+    /// own [`Bio::status`], in no particular order. As for every batch nothing is
+    /// promised about the order in which they are done.
+    fn submit_bios_wait(&self, mut bios: Vec<Bio>) -> Vec<Bio> {
+        let count = bios.len();
+        let (done, wait) = crossbeam_channel::bounded(count);
+        for bio in &mut bios {
+            let done = done.clone();
+            bio.set_end_io(move |bio| {
+                let _ = done.send(bio);
+            });
+        }
+        drop(done);
+        self.submit_bios(bios);
+        wait.iter().take(count).collect()
+    }
 }
 
 /// Submits a bio and waits for it; the bio comes back with its buffers.
 ///
 /// # Errors
 /// How the bio failed.
-pub fn submit_bio_wait(dev: &dyn BlockDevice, mut bio: Bio) -> BlkResult<Bio> {
-    let (done, wait) = crossbeam_channel::bounded(1);
-    bio.set_end_io(move |bio| {
-        // The receiver waits below, so the only error is its thread's panic.
-        let _ = done.send(bio);
-    });
-    dev.submit_bio(bio);
-    let bio = wait.recv().map_err(|_| BlkStatus::IoErr)?;
-    bio.status().map(|()| bio)
+pub fn submit_bio_wait(dev: &dyn BlockDevice, bio: Bio) -> BlkResult<Bio> {
+    dev.submit_bio_wait(bio)
 }
 
-impl dyn BlockDevice {
+/// Most bytes that `read_at` and `write_at` move with one bio.
+const HELPER_CHUNK: usize = 8 << 20;
+
+impl dyn BlockDevice + '_ {
     /// Size in bytes.
     pub fn size(&self) -> u64 {
         self.limits().capacity.byte_offset()
@@ -55,31 +85,48 @@ impl dyn BlockDevice {
     /// # Errors
     /// `Invalid` past the end of the device, else how the bio failed.
     pub fn read_at(&self, offset: u64, len: usize) -> BlkResult<Vec<u8>> {
-        let (start, buf) = self.aligned_range(offset, len)?;
-        let buf = Arc::new(buf);
-        let mut bio = Bio::new(BioOp::Read, BioFlags::SYNC, Sector(start / SECTOR_SIZE));
-        bio.add_vec(BioVec::whole(buf.clone()));
-        drop(submit_bio_wait(self, bio)?);
-        let skip = usize::try_from(offset - start).map_err(|_| BlkStatus::Invalid)?;
-        Ok(buf[skip..skip + len].to_vec())
+        // The range is checked before memory is allocated for it.
+        self.aligned_range(offset, len)?;
+        let mut data = Vec::with_capacity(len);
+        while data.len() < len {
+            let chunk = HELPER_CHUNK.min(len - data.len());
+            let at = offset + data.len() as u64;
+            let (start, bytes) = self.aligned_range(at, chunk)?;
+            let buf = Arc::new(AlignedBuf::new(bytes));
+            let mut bio = Bio::new(BioOp::Read, BioFlags::SYNC, Sector(start / SECTOR_SIZE));
+            bio.add_vec(BioVec::whole(buf.clone()));
+            drop(self.submit_bio_wait(bio)?);
+            let skip = usize::try_from(at - start).map_err(|_| BlkStatus::Invalid)?;
+            data.extend_from_slice(&buf[skip..skip + chunk]);
+        }
+        Ok(data)
     }
 
     /// Writes `data` at `offset` and waits. Unaligned edges are read and written back,
-    /// which is only safe while nobody else writes the device.
+    /// which is only safe while nobody else writes the device. With `PREFLUSH` the
+    /// flush comes before the first byte, with `FUA` all of it is durable afterwards.
     ///
     /// # Errors
-    /// `Invalid` past the end of the device, else how the bio failed.
+    /// `Invalid` past the end of the device, else how the bio failed; then any part
+    /// of the data may have been written.
     pub fn write_at(&self, offset: u64, data: &[u8], flags: BioFlags) -> BlkResult<()> {
-        let (start, mut buf) = self.aligned_range(offset, data.len())?;
-        let skip = usize::try_from(offset - start).map_err(|_| BlkStatus::Invalid)?;
-        if buf.len() != data.len() {
-            let old = self.read_at(start, buf.len())?;
-            buf.copy_from_slice(&old);
+        self.aligned_range(offset, data.len())?;
+        let mut flags = flags;
+        for (n, chunk) in data.chunks(HELPER_CHUNK).enumerate() {
+            let at = offset + (n * HELPER_CHUNK) as u64;
+            let (start, bytes) = self.aligned_range(at, chunk.len())?;
+            let skip = usize::try_from(at - start).map_err(|_| BlkStatus::Invalid)?;
+            let mut buf = AlignedBuf::new(bytes);
+            if bytes != chunk.len() {
+                buf.copy_from_slice(&self.read_at(start, bytes)?);
+            }
+            buf[skip..skip + chunk.len()].copy_from_slice(chunk);
+            let mut bio = Bio::new(BioOp::Write, flags, Sector(start / SECTOR_SIZE));
+            bio.add_vec(BioVec::whole(Arc::new(buf)));
+            self.submit_bio_wait(bio)?;
+            flags.remove(BioFlags::PREFLUSH);
         }
-        buf[skip..skip + data.len()].copy_from_slice(data);
-        let mut bio = Bio::new(BioOp::Write, flags, Sector(start / SECTOR_SIZE));
-        bio.add_vec(BioVec::whole(Arc::new(buf)));
-        submit_bio_wait(self, bio).map(drop)
+        Ok(())
     }
 
     /// Makes everything written before durable.
@@ -87,11 +134,11 @@ impl dyn BlockDevice {
     /// # Errors
     /// How the flush failed; then nothing may be called durable.
     pub fn flush(&self) -> BlkResult<()> {
-        submit_bio_wait(self, Bio::flush()).map(drop)
+        self.submit_bio_wait(Bio::flush()).map(drop)
     }
 
-    /// The aligned range around `offset..offset+len` and a zeroed buffer for it.
-    fn aligned_range(&self, offset: u64, len: usize) -> BlkResult<(u64, AlignedBuf)> {
+    /// Start and length of the aligned range around `offset..offset+len`.
+    fn aligned_range(&self, offset: u64, len: usize) -> BlkResult<(u64, usize)> {
         let block = u64::from(self.limits().logical_block_size);
         let len = u64::try_from(len).map_err(|_| BlkStatus::Invalid)?;
         let end = offset.checked_add(len).ok_or(BlkStatus::Invalid)?;
@@ -101,6 +148,6 @@ impl dyn BlockDevice {
             return Err(BlkStatus::Invalid);
         }
         let bytes = usize::try_from(end - start).map_err(|_| BlkStatus::Invalid)?;
-        Ok((start, AlignedBuf::new(bytes)))
+        Ok((start, bytes))
     }
 }

@@ -13,13 +13,17 @@
 pub mod aligned;
 pub mod bio;
 pub mod device;
+pub mod file;
 pub mod limits;
+pub mod memory;
 pub mod status;
 pub mod units;
 
 pub use aligned::AlignedBuf;
-pub use bio::{Bio, BioFlags, BioOp, BioVec, IoBuffer};
+pub use bio::{Bio, BioEndIo, BioFlags, BioOp, BioVec, IoBuffer};
 pub use device::{BlockDevice, submit_bio_wait};
+pub use file::{FileDevice, OpenError, OpenOptions};
 pub use limits::QueueLimits;
+pub use memory::{MemoryDevice, MemoryOptions};
 pub use status::{BlkResult, BlkStatus};
 pub use units::{SECTOR_SIZE, Sector};

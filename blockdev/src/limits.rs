@@ -1,6 +1,8 @@
 //! What a device can take in one request.
 
-use crate::units::Sector;
+use crate::bio::{Bio, BioOp};
+use crate::status::{BlkResult, BlkStatus};
+use crate::units::{SECTOR_SIZE, Sector};
 
 /// Limits of a device, fixed for its life (`struct queue_limits`).
 #[derive(Clone, Debug)]
@@ -27,4 +29,57 @@ pub struct QueueLimits {
     pub max_write_zeroes_bytes: u64,
     /// Writes fail with `ReadOnly`.
     pub read_only: bool,
+}
+
+impl QueueLimits {
+    /// Limits of a device of `capacity` with 512-byte blocks, no cache and no
+    /// wishes, to change from.
+    pub fn new(capacity: Sector) -> Self {
+        Self {
+            capacity,
+            logical_block_size: 512,
+            physical_block_size: 4096,
+            dma_alignment: 1,
+            max_bytes: 4 << 20,
+            max_segments: 512,
+            write_cache: false,
+            fua: false,
+            max_discard_bytes: 0,
+            max_write_zeroes_bytes: 0,
+            read_only: false,
+        }
+    }
+
+    /// Whether the device can take the bio at all, whatever its length. Every
+    /// device asks before it touches the bio's sector arithmetic, since the sector
+    /// may come from a damaged image.
+    ///
+    /// # Errors
+    /// `ReadOnly` for a change of a read-only device, `NotSupp` for a discard it
+    /// doesn't do, `Invalid` outside the device or misaligned.
+    pub fn check(&self, bio: &Bio) -> BlkResult<()> {
+        match bio.op() {
+            BioOp::Flush => return Ok(()),
+            BioOp::Read => {}
+            BioOp::Write | BioOp::WriteZeroes | BioOp::Discard if self.read_only => {
+                return Err(BlkStatus::ReadOnly);
+            }
+            BioOp::Discard if self.max_discard_bytes == 0 => return Err(BlkStatus::NotSupp),
+            BioOp::Write | BioOp::WriteZeroes | BioOp::Discard => {}
+        }
+        let block = u64::from(self.logical_block_size);
+        let end = bio.sector().0.checked_add(bio.len().div_ceil(SECTOR_SIZE));
+        let inside = end.is_some_and(|end| end <= self.capacity.0);
+        if !inside
+            || !bio.len().is_multiple_of(block)
+            || !bio.sector().byte_offset().is_multiple_of(block)
+        {
+            return Err(BlkStatus::Invalid);
+        }
+        let dma = self.dma_alignment as usize;
+        let aligned = |vec: &crate::bio::BioVec| {
+            u64::from(vec.len).is_multiple_of(block) && vec.as_ptr().addr().is_multiple_of(dma)
+        };
+        if bio.vecs().iter().all(aligned) { Ok(()) } else { Err(BlkStatus::Invalid) }
+    }
 }

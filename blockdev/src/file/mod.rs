@@ -1,0 +1,152 @@
+//! Image files and block devices as devices.
+//!
+//! A [`FileDevice`] checks each bio against its limits and gives it to an engine.
+//! Engines differ only in how a thread that doesn't wait gets its bios done; a
+//! thread that waits ([`BlockDevice::submit_bio_wait`]) does the system calls
+//! itself, since handing a bio to another thread and back costs as much as a read
+//! of the disk.
+//!
+//! Invariants: an engine owns the bios it has taken, and so their memory, until it
+//! completes them, each once. Dropping the device waits for all of them.
+//!
+//! Locks: none here; each engine has its queue's.
+
+mod engine_sync;
+mod open;
+mod target;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::bio::Bio;
+use crate::device::BlockDevice;
+use crate::limits::QueueLimits;
+use crate::status::BlkResult;
+
+use engine_sync::SyncEngine;
+pub use open::OpenError;
+use target::Target;
+
+/// How bios of threads that don't wait reach the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Engine {
+    /// The best that the kernel allows.
+    #[default]
+    Auto,
+    /// An io_uring of the device's own.
+    IoUring,
+    /// `preadv2` and `pwritev2` on a few threads.
+    Sync,
+}
+
+/// How to open a file as a device.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// Refuse writes. Many readers share a file; a block device isn't claimed.
+    pub read_only: bool,
+    /// The engine.
+    pub engine: Engine,
+    /// Pass the page cache by, where the file system can.
+    pub direct: bool,
+}
+
+impl Default for OpenOptions {
+    /// Read-write, direct, the best engine.
+    fn default() -> Self {
+        Self { read_only: false, engine: Engine::Auto, direct: true }
+    }
+}
+
+/// What does the bios of a [`FileDevice`].
+trait EngineQueue: Send + Sync {
+    /// Takes bios that passed the limits' check; completes each once, from any thread.
+    fn submit(&self, bios: &mut dyn Iterator<Item = Bio>);
+
+    /// Does a batch and waits for it; gives it back where waiting would be no quicker
+    /// than doing one after the other.
+    fn submit_wait(&self, bios: Vec<Bio>) -> Result<Vec<Bio>, Vec<Bio>> {
+        Err(bios)
+    }
+
+    /// Its name for messages.
+    fn name(&self) -> &'static str;
+}
+
+/// An image file or block device.
+pub struct FileDevice {
+    target: Arc<Target>,
+    engine: Box<dyn EngineQueue>,
+}
+
+impl FileDevice {
+    /// Opens an image or block device and claims it: for writing exclusively, for
+    /// reading shared with readers.
+    ///
+    /// # Errors
+    /// [`OpenError::InUse`] when somebody else has it, else why it can't be opened.
+    pub fn open(path: impl AsRef<Path>, options: OpenOptions) -> Result<Arc<Self>, OpenError> {
+        let target = Arc::new(open::open(path.as_ref(), &options)?);
+        let engine = Box::new(SyncEngine::new(target.clone()));
+        Ok(Arc::new(Self { target, engine }))
+    }
+
+    /// Whether the page cache is passed by.
+    pub fn is_direct(&self) -> bool {
+        self.target.direct
+    }
+
+    /// The engine in use, for messages: `io_uring` or `sync`.
+    pub fn engine_name(&self) -> &'static str {
+        self.engine.name()
+    }
+
+    /// Completes bios that the device can't take; passes the others.
+    fn checked(&self, bio: Bio) -> Option<Bio> {
+        match self.target.limits.check(&bio) {
+            Ok(()) => Some(bio),
+            Err(status) => {
+                bio.end_io(Err(status));
+                None
+            }
+        }
+    }
+
+    /// Does a bio in the calling thread and leaves its end in its status.
+    fn run_here(&self, mut bio: Bio) -> Bio {
+        let result = self.target.limits.check(&bio).and_then(|()| self.target.run(&bio));
+        bio.set_status(result);
+        bio
+    }
+}
+
+impl BlockDevice for FileDevice {
+    fn limits(&self) -> &QueueLimits {
+        &self.target.limits
+    }
+
+    fn submit_bio(&self, bio: Bio) {
+        if let Some(bio) = self.checked(bio) {
+            self.engine.submit(&mut std::iter::once(bio));
+        }
+    }
+
+    fn submit_bios(&self, bios: Vec<Bio>) {
+        self.engine.submit(&mut bios.into_iter().filter_map(|bio| self.checked(bio)));
+    }
+
+    fn submit_bio_wait(&self, mut bio: Bio) -> BlkResult<Bio> {
+        drop(bio.take_end_io());
+        let bio = self.run_here(bio);
+        bio.status().map(|()| bio)
+    }
+
+    fn submit_bios_wait(&self, mut bios: Vec<Bio>) -> Vec<Bio> {
+        for bio in &mut bios {
+            drop(bio.take_end_io());
+        }
+        match self.engine.submit_wait(bios) {
+            Ok(bios) => bios,
+            Err(bios) => bios.into_iter().map(|bio| self.run_here(bio)).collect(),
+        }
+    }
+}
