@@ -1,1 +1,34 @@
-//! ext2, ext3 and ext4
+//! ext2, ext3 and ext4.
+//!
+//! One filesystem for all three: what an image has is in its feature flags, not
+//! in a type. [`Ext4`] is the mounted filesystem, [`inode::Inode`] a file in use.
+//!
+//! How data and metadata keep their order: file data is written to blocks that
+//! are claimed in memory only, and when that write has completed, a journal
+//! handle marks the blocks used and maps them. So no committed transaction ever
+//! refers to data that is not on its way to the disk, and stale blocks never show,
+//! whatever the journal mode. Blocks freed by a transaction stay claimed in memory
+//! until it has committed, so nothing overwrites data that a crash would bring back.
+//!
+//! Lock order, outermost first:
+//! 1. `Ext4::rename` (renames across directories)
+//! 2. `Inode::rwsem` (directories before their children, else by number)
+//! 3. `Inode::writeback` (writeback against truncate)
+//! 4. journal handle start (waiting for a commit counts as a lock)
+//! 5. `Inode::map` (block mapping)
+//! 6. `Ext4::orphans`
+//! 7. `Group` (allocation)
+//! 8. folio content lock; buffer content lock
+//! 9. `Inode::core` (attributes; never held over anything that waits)
+//! 10. inode cache shard
+//!
+//! No handle is started, and no `map` lock taken for writing, while a folio's or a
+//! buffer's content lock is held. A reader that fills a folio may take `map` shared:
+//! whoever holds `map` exclusively never waits for a folio.
+#![forbid(unsafe_code)]
+
+pub mod credits;
+// (error, fs, inode follow with the journal.)
+pub mod options;
+
+pub use options::{AtimePolicy, DataMode, ErrorsPolicy, MountOptions};

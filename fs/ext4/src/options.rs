@@ -1,0 +1,93 @@
+//! What a mount was asked for.
+
+use std::time::Duration;
+
+/// What happens when metadata is found damaged or cannot be written (`errors=`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorsPolicy {
+    /// Log it and go on.
+    Continue,
+    /// Refuse writes from then on.
+    RemountRo,
+    /// Stop the daemon.
+    Panic,
+}
+
+/// How file data and the journal relate (`data=`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DataMode {
+    /// Data reaches the disk before the metadata that refers to it.
+    Ordered,
+    /// Data goes through the journal.
+    Journal,
+    /// No order between them.
+    Writeback,
+}
+
+/// When reading a file updates its access time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AtimePolicy {
+    /// Never.
+    Never,
+    /// When it is older than the last change, or than a day.
+    Relative,
+    /// Always.
+    Strict,
+}
+
+/// Options of a mount; the defaults are mount(8)'s.
+#[derive(Clone, Debug)]
+pub struct MountOptions {
+    /// Never write the image.
+    pub read_only: bool,
+    /// `rw` was asked for in words: an image that can only be read is an error, not a fallback.
+    pub rw_explicit: bool,
+    /// Do not replay the journal (only with `read_only`).
+    pub norecovery: bool,
+    /// Mount read-write although the image says it has errors.
+    pub force: bool,
+    /// `errors=`; the superblock's own policy when not given.
+    pub errors: Option<ErrorsPolicy>,
+    /// `data=`.
+    pub data_mode: DataMode,
+    /// `commit=`: the longest time a finished change stays in memory only.
+    pub commit_interval: Duration,
+    /// Flush the disk's cache where the promises need it.
+    pub barrier: bool,
+    /// Memory for cached pages, bytes; a sixteenth of the machine's when not given.
+    pub cache_bytes: Option<usize>,
+    /// Access times.
+    pub atime: AtimePolicy,
+    /// `sb=`: the superblock to use, in units of 1 KiB as mount(8) has it.
+    pub sb_block: Option<u64>,
+    /// POSIX ACLs.
+    pub acl: bool,
+    /// `user.` attributes.
+    pub user_xattr: bool,
+    /// Every write is durable before it returns.
+    pub sync: bool,
+    /// Every change of a directory is durable before it returns.
+    pub dirsync: bool,
+}
+
+impl Default for MountOptions {
+    fn default() -> Self {
+        Self {
+            read_only: false,
+            rw_explicit: false,
+            norecovery: false,
+            force: false,
+            errors: None,
+            data_mode: DataMode::Ordered,
+            commit_interval: Duration::from_secs(5),
+            barrier: true,
+            cache_bytes: None,
+            atime: AtimePolicy::Relative,
+            sb_block: None,
+            acl: true,
+            user_xattr: true,
+            sync: false,
+            dirsync: false,
+        }
+    }
+}
