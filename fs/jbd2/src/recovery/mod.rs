@@ -1,0 +1,257 @@
+//! Recovery: bringing the committed transactions of a log home after a crash.
+//!
+//! Shared by mount and fsck, so it reads and writes through `BlockDevice` only.
+//! Three passes over the log, as jbd2 and e2fsck make them, and with their
+//! verdicts, so that the same blocks are left:
+//! 1. **scan** finds the last transaction with a good commit block. A wrong
+//!    magic or sequence is the end of the log; a damaged block inside it is an
+//!    error unless its commit time shows it to be left over from an earlier lap.
+//! 2. **revoke** collects, for each block, the last transaction that revoked it.
+//! 3. **replay** writes each logged block home unless it was revoked by its own
+//!    or a later transaction. A logged block with a wrong checksum is left out
+//!    and reported; the others are still written.
+//!
+//! Order of a replay: blocks home, flush, journal superblock (log empty, next
+//! transaction number), flush. A cut anywhere in between replays again.
+//!
+//! Invariants: nothing is written before the scan succeeded; memory is bounded
+//! by the length of the journal, never by a number read from it alone; no pass
+//! visits more blocks than the log has.
+
+mod fast_commit;
+mod passes;
+mod target;
+
+use std::collections::BTreeMap;
+
+use uext_blockdev::{BioFlags, BlockDevice};
+use uext_ondisk::jbd2::{JournalIncompat, JournalSuperblock, edit_superblock_with};
+use uext_ondisk::{Corrupt, FsBlock};
+
+use crate::error::{IoWhat, JournalError, Result};
+use crate::log_reader::JournalLocation;
+use crate::tid::Tid;
+use passes::{Passes, Scan};
+use target::{DeviceTarget, MemoryTarget, Target};
+
+/// What to do with the journal when a part of it was damaged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnDamage {
+    /// Keep the log and fail, as a mount does: the next attempt, or fsck, sees the same.
+    Keep,
+    /// Empty the log all the same and report the damage, as fsck does before a full check.
+    Reset,
+}
+
+/// What a recovery found and did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecoveryReport {
+    /// The log held something (`s_start` was not 0).
+    pub was_dirty: bool,
+    /// First transaction expected in the log.
+    pub start_tid: Tid,
+    /// First transaction that is not in it: `start_tid..end_tid` were replayed.
+    pub end_tid: Tid,
+    /// Transactions replayed.
+    pub transactions: u32,
+    /// Blocks written, a block of two transactions counted twice.
+    pub blocks_replayed: u64,
+    /// Revoke records read.
+    pub revoke_records: u64,
+    /// Blocks that were not written because of one.
+    pub blocks_revoked: u64,
+    /// `s_errno` before: the error the journal was aborted with, a negative errno, or 0.
+    pub errno: i32,
+    /// What could not be recovered.
+    pub damage: Option<JournalError>,
+    /// The transaction whose fast commits wait in the journal's last blocks.
+    pub fast_commits: Option<Tid>,
+    /// Block of the log behind the last transaction.
+    pub head: u32,
+}
+
+impl RecoveryReport {
+    fn clean(sb: &JournalSuperblock) -> Self {
+        Self {
+            was_dirty: false,
+            start_tid: sb.sequence,
+            end_tid: sb.sequence,
+            transactions: 0,
+            blocks_replayed: 0,
+            revoke_records: 0,
+            blocks_revoked: 0,
+            errno: sb.errno,
+            damage: None,
+            fast_commits: None,
+            head: sb.head,
+        }
+    }
+}
+
+/// Blocks as they would be after a replay.
+pub type Overlay = BTreeMap<FsBlock, Vec<u8>>;
+
+/// A journal whose superblock was read, ready to be replayed.
+pub struct Recovery<'a> {
+    journal: JournalLocation<'a>,
+    fs: &'a dyn BlockDevice,
+    sb: JournalSuperblock,
+}
+
+impl<'a> Recovery<'a> {
+    /// Reads and checks the journal's superblock.
+    ///
+    /// # Errors
+    /// `Io`; `Corrupt` when it is not one, or does not fit the map or the block
+    /// size; `Unsupported` for unknown features.
+    pub fn open(journal: JournalLocation<'a>, fs: &'a dyn BlockDevice) -> Result<Self> {
+        let sb = read_superblock(&journal)?;
+        Ok(Self { journal, fs, sb })
+    }
+
+    /// The journal's superblock as it was read.
+    pub fn superblock(&self) -> &JournalSuperblock {
+        &self.sb
+    }
+
+    /// Whether the log holds anything.
+    pub fn needs_recovery(&self) -> bool {
+        self.sb.needs_recovery()
+    }
+
+    /// Replays the log onto the filesystem and empties it. A clean journal is left as it is.
+    ///
+    /// # Errors
+    /// `FastCommits` when such records wait, before anything is written; `Io` when
+    /// a write or flush failed, and the log is kept; with [`OnDamage::Keep`] also
+    /// whatever was damaged, when everything else has been written.
+    pub fn replay(&self, on_damage: OnDamage) -> Result<RecoveryReport> {
+        if !self.needs_recovery() {
+            return Ok(RecoveryReport::clean(&self.sb));
+        }
+        let mut target = DeviceTarget::new(self.fs, self.journal.block_size);
+        let mut report = self.run(&mut target, true)?;
+        target.flush()?;
+        if on_damage == OnDamage::Keep
+            && let Some(damage) = report.damage
+        {
+            return Err(damage);
+        }
+        // After a failed pass e2fsck keeps the old number; after a whole one the
+        // number of the first transaction that is not there is never used again,
+        // because half of it may lie in the log.
+        let failed = !matches!(report.damage, None | Some(JournalError::DamagedTransaction(_)));
+        let next = if failed { report.start_tid } else { report.end_tid.wrapping_add(1) };
+        self.mark_empty(next)?;
+        if !failed {
+            report.transactions = report.end_tid.wrapping_sub(report.start_tid);
+        }
+        Ok(report)
+    }
+
+    /// Replays the log into memory; nothing is written. For read-only mounts and dry runs.
+    ///
+    /// # Errors
+    /// `Io` when the log cannot be read, or what is damaged; `report.fast_commits`
+    /// tells of records that are not in the overlay.
+    pub fn replay_in_memory(&self) -> Result<(RecoveryReport, Overlay)> {
+        if !self.needs_recovery() {
+            return Ok((RecoveryReport::clean(&self.sb), Overlay::new()));
+        }
+        let mut target = MemoryTarget::new(self.fs, self.journal.block_size);
+        let report = self.run(&mut target, false)?;
+        match report.damage {
+            Some(damage) => Err(damage),
+            None => Ok((report, target.into_overlay())),
+        }
+    }
+
+    /// The three passes. Damage is in the report; an error means the target failed.
+    fn run(&self, target: &mut dyn Target, refuse_fast_commits: bool) -> Result<RecoveryReport> {
+        let mut passes = Passes::new(self.journal, &self.sb);
+        let mut report = RecoveryReport { was_dirty: true, ..RecoveryReport::clean(&self.sb) };
+        let scan = match passes.scan() {
+            Ok(scan) => scan,
+            Err(damage) => {
+                report.damage = Some(damage);
+                return Ok(report);
+            }
+        };
+        self.note_scan(&mut report, &scan);
+        if refuse_fast_commits && let Some(tid) = report.fast_commits {
+            return Err(JournalError::FastCommits(tid));
+        }
+        let revoked = match passes.revoke(&scan) {
+            Ok(revoked) => revoked,
+            Err(damage) => {
+                report.damage = Some(damage);
+                return Ok(report);
+            }
+        };
+        report.revoke_records = revoked.records;
+        let replayed = passes.replay(&scan, &revoked, target)?;
+        report.blocks_replayed = replayed.written;
+        report.blocks_revoked = replayed.revoked;
+        report.damage = replayed.damage.or(report.damage);
+        Ok(report)
+    }
+
+    fn note_scan(&self, report: &mut RecoveryReport, scan: &Scan) {
+        report.end_tid = scan.end;
+        report.transactions = scan.end.wrapping_sub(report.start_tid);
+        report.head = scan.head;
+        report.damage = scan.failed_commit.map(JournalError::DamagedTransaction);
+        if self.sb.incompat.contains(JournalIncompat::FAST_COMMIT)
+            && fast_commit::present(&self.journal, &self.sb, scan.end)
+        {
+            report.fast_commits = Some(scan.end);
+        }
+    }
+
+    /// Writes the journal superblock of an empty log whose next transaction is `next`.
+    fn mark_empty(&self, next: Tid) -> Result<()> {
+        let at = self.journal.map.superblock();
+        let offset = self.journal.byte_offset(at)?;
+        let mut block = self.journal.read(at)?;
+        edit_superblock_with(&mut block, |raw| {
+            raw.s_sequence = next.into();
+            raw.s_start = 0.into();
+        })?;
+        let device = self.journal.device;
+        device
+            .write_at(offset, &block, BioFlags::META | BioFlags::SYNC)
+            .map_err(|status| JournalError::io(IoWhat::WriteLog, at.into(), status))?;
+        device.flush().map_err(|status| JournalError::io(IoWhat::Flush, 0, status))
+    }
+}
+
+/// Reads a journal's superblock and checks it against where the journal lies.
+///
+/// # Errors
+/// As [`Recovery::open`].
+pub(crate) fn read_superblock(journal: &JournalLocation<'_>) -> Result<JournalSuperblock> {
+    let block = journal.read(journal.map.superblock())?;
+    let sb = JournalSuperblock::parse(&block)?;
+    let bad = |detail: String| Err(Corrupt::value("journal superblock", detail).into());
+    if sb.block_size != journal.block_size {
+        return bad(format!(
+            "s_blocksize is {}, the filesystem's is {}",
+            sb.block_size, journal.block_size
+        ));
+    }
+    if sb.block_count > journal.map.block_count() {
+        return bad(format!(
+            "s_maxlen is {}, the journal has {} blocks",
+            sb.block_count,
+            journal.map.block_count()
+        ));
+    }
+    if sb.first <= journal.map.superblock() {
+        return bad(format!("the log begins at its superblock, s_first is {}", sb.first));
+    }
+    if sb.user_count > 1 {
+        let text = format!("the journal is shared by {} filesystems, not supported", sb.user_count);
+        return Err(JournalError::Unsupported(text));
+    }
+    Ok(sb)
+}
