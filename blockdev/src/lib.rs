@@ -14,8 +14,10 @@ pub mod aligned;
 pub mod bio;
 pub mod device;
 pub mod file;
+pub mod flush;
 pub mod limits;
 pub mod memory;
+pub mod split;
 pub mod status;
 pub mod units;
 

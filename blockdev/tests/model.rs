@@ -1,6 +1,8 @@
 //! Every device against a `Vec<u8>`: random bios, one after the other, batches of
 //! disjoint ones, and both ways to wait.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 mod common;
 
 use std::sync::Arc;

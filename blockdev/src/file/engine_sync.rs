@@ -14,6 +14,7 @@ use std::thread::{self, JoinHandle, ThreadId};
 use parking_lot::{Condvar, Mutex};
 
 use super::EngineQueue;
+use super::engine_uring::complete;
 use super::target::Target;
 use crate::bio::Bio;
 use crate::status::BlkStatus;
@@ -103,7 +104,7 @@ impl Shared {
     fn work(&self) {
         while let Some(bio) = self.next() {
             let result = self.target.run(&bio);
-            bio.end_io(result);
+            complete(bio, result);
         }
     }
 

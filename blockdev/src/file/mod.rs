@@ -12,9 +12,12 @@
 //! Locks: none here; each engine has its queue's.
 
 mod engine_sync;
+mod engine_uring;
+mod flight;
 mod open;
 mod target;
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -24,6 +27,7 @@ use crate::limits::QueueLimits;
 use crate::status::BlkResult;
 
 use engine_sync::SyncEngine;
+use engine_uring::UringEngine;
 pub use open::OpenError;
 use target::Target;
 
@@ -86,7 +90,8 @@ impl FileDevice {
     /// [`OpenError::InUse`] when somebody else has it, else why it can't be opened.
     pub fn open(path: impl AsRef<Path>, options: OpenOptions) -> Result<Arc<Self>, OpenError> {
         let target = Arc::new(open::open(path.as_ref(), &options)?);
-        let engine = Box::new(SyncEngine::new(target.clone()));
+        let engine = make_engine(&target, options.engine)
+            .map_err(|source| OpenError::Io { path: path.as_ref().to_owned(), source })?;
         Ok(Arc::new(Self { target, engine }))
     }
 
@@ -116,6 +121,22 @@ impl FileDevice {
         let result = self.target.limits.check(&bio).and_then(|()| self.target.run(&bio));
         bio.set_status(result);
         bio
+    }
+}
+
+/// The engine that was asked for, or the best one.
+fn make_engine(target: &Arc<Target>, engine: Engine) -> io::Result<Box<dyn EngineQueue>> {
+    let sync = || Box::new(SyncEngine::new(target.clone()));
+    if engine == Engine::Sync {
+        return Ok(sync());
+    }
+    match UringEngine::new(target.clone()) {
+        Ok(uring) => Ok(Box::new(uring)),
+        Err(error) if engine == Engine::Auto => {
+            log::info!("no io_uring ({error}), using threads");
+            Ok(sync())
+        }
+        Err(error) => Err(error),
     }
 }
 

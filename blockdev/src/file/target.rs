@@ -28,7 +28,7 @@ use crate::status::{BlkResult, BlkStatus};
 const ZEROES_BYTES: u64 = 256 << 10;
 
 /// Times in a row a system call may answer `EAGAIN` before it counts as an error.
-const MAX_AGAIN: u32 = 1000;
+pub(super) const MAX_AGAIN: u32 = 1000;
 
 /// What kind of file carries the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,7 +97,7 @@ impl Target {
         // One call that is durable by itself beats write and flush; many of them don't.
         let one_call = bio.vecs().len() <= usize::from(self.limits.max_segments);
         if one_call && !self.flush_lost() {
-            return self.read_write(bio, libc::RWF_DSYNC);
+            return self.note_flush(self.read_write(bio, libc::RWF_DSYNC));
         }
         self.read_write(bio, 0)?;
         self.flush()

@@ -1,0 +1,425 @@
+//! The io_uring engine.
+//!
+//! Threads that don't wait put their bios into one ring, as many as there are with
+//! one system call, and a reaper thread completes them. A thread that waits for a
+//! batch takes a small ring of its own from a pool, submits and reaps there, and
+//! no other thread wakes up for it.
+//!
+//! The bound: [`DEPTH`] bios in the ring and [`MAX_QUEUED`] waiting for a place; a
+//! submitter that comes then waits, except an `end_io` in the reaper, which must
+//! not. No SQPOLL: on few cores its thread takes the time of those that work. No
+//! COOP_TASKRUN on the shared ring: completions are posted in the context of the
+//! submitting thread, which may compute for long before its next system call.
+//!
+//! Invariants:
+//! - Each flight in the ring has one entry at a time, and the ring has an entry for
+//!   each flight and one to stop, so neither queue can overflow.
+//! - A ring is given up only when nothing is in flight in it.
+//!
+//! Locks, outermost first: `sq` (the submission queue and its system call), `slab`.
+//! Neither is held over an `end_io`, or while waiting for a completion.
+
+use std::collections::VecDeque;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle, ThreadId};
+use std::time::Duration;
+
+use io_uring::{EnterFlags, IoUring, opcode};
+use parking_lot::{Condvar, Mutex};
+
+use super::EngineQueue;
+use super::engine_sync::SyncEngine;
+use super::flight::{Flight, Landing};
+use super::target::Target;
+use crate::bio::Bio;
+use crate::flush::{self, SimpleQueue};
+use crate::limits::QueueLimits;
+use crate::split::fits;
+use crate::status::BlkResult;
+
+/// Bios in the shared ring.
+const DEPTH: u32 = 128;
+/// Bios that wait for a place in it before submitters wait.
+const MAX_QUEUED: usize = 1024;
+/// Bios in the ring of a thread that waits.
+const BATCH_DEPTH: u32 = 32;
+/// Rings kept for threads that wait.
+const MAX_BATCH_RINGS: usize = 4;
+/// The user data of the entry that stops the reaper.
+const STOP: u64 = u64::MAX;
+
+pub(super) struct UringEngine {
+    ring: Arc<SharedRing>,
+    queue: Arc<dyn SimpleQueue>,
+    reaper: Option<JoinHandle<()>>,
+    batch_rings: Mutex<Vec<BatchRing>>,
+}
+
+struct SharedRing {
+    ring: IoUring,
+    target: Arc<Target>,
+    /// Does what io_uring can't.
+    helper: SyncEngine,
+    /// Held by who fills the submission queue or submits it.
+    sq: Mutex<()>,
+    slab: Mutex<Slab>,
+    /// There is room in the queue again.
+    room: Condvar,
+}
+
+struct Slab {
+    /// Never grows: the kernel has pointers into it.
+    flights: Box<[Flight]>,
+    free: Vec<u32>,
+    /// Flights that came short.
+    again: Vec<u32>,
+    queued: VecDeque<Bio>,
+    reaper: Option<ThreadId>,
+}
+
+impl UringEngine {
+    /// # Errors
+    /// When the kernel has no io_uring, or doesn't let us have one.
+    pub(super) fn new(target: Arc<Target>) -> io::Result<Self> {
+        let ring = IoUring::builder().setup_submit_all().build(DEPTH + 1)?;
+        ring.submitter().register_files(&[target.fd()])?;
+        let slab = Slab {
+            flights: (0..DEPTH).map(|_| Flight::default()).collect(),
+            free: (0..DEPTH).rev().collect(),
+            again: Vec::with_capacity(DEPTH as usize),
+            queued: VecDeque::with_capacity(MAX_QUEUED),
+            reaper: None,
+        };
+        let ring = Arc::new(SharedRing {
+            ring,
+            helper: SyncEngine::new(target.clone()),
+            target,
+            sq: Mutex::new(()),
+            slab: Mutex::new(slab),
+            room: Condvar::new(),
+        });
+        let shared = ring.clone();
+        let reaper =
+            thread::Builder::new().name("blk-uring".into()).spawn(move || shared.reap())?;
+        ring.slab.lock().reaper = Some(reaper.thread().id());
+        let queue = ring.clone();
+        Ok(Self { ring, queue, reaper: Some(reaper), batch_rings: Mutex::default() })
+    }
+}
+
+impl EngineQueue for UringEngine {
+    fn submit(&self, bios: &mut dyn Iterator<Item = Bio>) {
+        flush::submit(&self.queue, bios);
+    }
+
+    fn submit_wait(&self, bios: Vec<Bio>) -> Result<Vec<Bio>, Vec<Bio>> {
+        if bios.len() < 2 {
+            return Err(bios);
+        }
+        let kept = self.batch_rings.lock().pop();
+        let ring = match kept {
+            Some(ring) => Ok(ring),
+            None => BatchRing::new(&self.ring.target),
+        };
+        let Ok(mut ring) = ring else { return Err(bios) };
+        let done = ring.run(bios, &self.ring.target);
+        let mut rings = self.batch_rings.lock();
+        if rings.len() < MAX_BATCH_RINGS {
+            rings.push(ring);
+        }
+        Ok(done)
+    }
+
+    fn name(&self) -> &'static str {
+        "io_uring"
+    }
+}
+
+impl Drop for UringEngine {
+    /// Waits until everything taken is done.
+    fn drop(&mut self) {
+        self.ring.stop();
+        if let Some(reaper) = self.reaper.take() {
+            // The last owner may be an `end_io` in the reaper, which then goes on alone.
+            if reaper.thread().id() != thread::current().id() {
+                let _ = reaper.join();
+            }
+        }
+    }
+}
+
+impl SimpleQueue for SharedRing {
+    fn limits(&self) -> &QueueLimits {
+        &self.target.limits
+    }
+
+    fn submit_simple(&self, bios: &mut dyn Iterator<Item = Bio>) {
+        let me = thread::current().id();
+        // The iterator may complete bios of its own, so it runs without locks.
+        for bio in bios {
+            if !Flight::can_do(&bio) {
+                self.helper.submit(&mut std::iter::once(bio));
+                continue;
+            }
+            let mut slab = self.slab.lock();
+            while slab.queued.len() >= MAX_QUEUED && slab.reaper != Some(me) {
+                drop(slab);
+                self.pump();
+                slab = self.slab.lock();
+                if slab.queued.len() >= MAX_QUEUED {
+                    self.room.wait(&mut slab);
+                }
+            }
+            slab.queued.push_back(bio);
+        }
+        self.pump();
+    }
+}
+
+impl SharedRing {
+    /// Moves what waits into the ring, as far as there are places, and submits it
+    /// with one system call.
+    fn pump(&self) {
+        let _sq = self.sq.lock();
+        let mut slab = self.slab.lock();
+        let mut entries = 0;
+        while let Some(index) = slab.next_flight() {
+            let entry = slab.flights[index as usize].entry(u64::from(index));
+            // SAFETY: `sq` is held, so this is the only user of the submission queue;
+            // the flight stays in place and keeps its memory until its completion.
+            let pushed = unsafe { self.ring.submission_shared().push(&entry) };
+            assert!(pushed.is_ok(), "the ring has an entry for each flight");
+            entries += 1;
+        }
+        drop(slab);
+        self.room.notify_all();
+        if entries > 0 {
+            submit_all(&self.ring, 0);
+        }
+    }
+
+    /// The reaper's life: until it is told to stop and nothing is left.
+    fn reap(&self) {
+        let mut stopping = false;
+        let mut done = Vec::with_capacity(DEPTH as usize);
+        loop {
+            wait_for_one(&self.ring);
+            stopping |= self.collect(&mut done);
+            let left = {
+                let slab = self.slab.lock();
+                !slab.again.is_empty() || !slab.queued.is_empty()
+            };
+            if left {
+                self.pump();
+            }
+            for (bio, status) in done.drain(..) {
+                complete(bio, status);
+            }
+            if stopping && self.slab.lock().is_idle() {
+                return;
+            }
+        }
+    }
+
+    /// Takes completions out of the ring; whether one of them says stop.
+    fn collect(&self, done: &mut Vec<(Bio, BlkResult<()>)>) -> bool {
+        let mut stop = false;
+        let mut slab = self.slab.lock();
+        // SAFETY: only the reaper uses the completion queue.
+        for cqe in unsafe { self.ring.completion_shared() } {
+            if cqe.user_data() == STOP {
+                stop = true;
+                continue;
+            }
+            // The index came from `pump`.
+            let index = cqe.user_data() as u32;
+            match slab.flights[index as usize].land(cqe.result(), &self.target) {
+                Landing::Again => slab.again.push(index),
+                Landing::Done(bio, status) => {
+                    slab.free.push(index);
+                    done.push((bio, status));
+                }
+            }
+        }
+        stop
+    }
+
+    fn stop(&self) {
+        let _sq = self.sq.lock();
+        let entry = opcode::Nop::new().build().user_data(STOP);
+        // SAFETY: `sq` is held, and the entry points nowhere.
+        let pushed = unsafe { self.ring.submission_shared().push(&entry) };
+        assert!(pushed.is_ok(), "the ring has an entry for the stop");
+        submit_all(&self.ring, 0);
+    }
+}
+
+impl Slab {
+    /// A flight that is ready to be submitted: one that came short, or a queued bio
+    /// in a free place.
+    fn next_flight(&mut self) -> Option<u32> {
+        if let Some(index) = self.again.pop() {
+            return Some(index);
+        }
+        if self.queued.is_empty() {
+            return None;
+        }
+        let index = self.free.pop()?;
+        let bio = self.queued.pop_front()?;
+        self.flights[index as usize].board(bio);
+        Some(index)
+    }
+
+    fn is_idle(&self) -> bool {
+        self.queued.is_empty() && self.free.len() == self.flights.len()
+    }
+}
+
+/// A ring that one thread at a time submits to and reaps from.
+struct BatchRing {
+    ring: IoUring,
+    flights: Box<[Flight]>,
+    free: Vec<u32>,
+}
+
+impl BatchRing {
+    fn new(target: &Target) -> io::Result<Self> {
+        // The waiting thread posts its own completions when it enters the kernel.
+        let ring = IoUring::builder().setup_submit_all().setup_coop_taskrun().build(BATCH_DEPTH)?;
+        ring.submitter().register_files(&[target.fd()])?;
+        Ok(Self {
+            ring,
+            flights: (0..BATCH_DEPTH).map(|_| Flight::default()).collect(),
+            free: (0..BATCH_DEPTH).rev().collect(),
+        })
+    }
+
+    /// Does all of the bios: what is one plain step in the ring, the rest afterwards
+    /// one by one. Runs no code of others, so nothing can unwind past flights.
+    fn run(&mut self, bios: Vec<Bio>, target: &Target) -> Vec<Bio> {
+        let mut done = Vec::with_capacity(bios.len());
+        let mut single = Vec::new();
+        let mut queued = VecDeque::with_capacity(bios.len());
+        for mut bio in bios {
+            if let Err(status) = target.limits.check(&bio) {
+                bio.set_status(Err(status));
+                done.push(bio);
+            } else if is_plain(&bio, &target.limits) {
+                queued.push_back(bio);
+            } else {
+                single.push(bio);
+            }
+        }
+        let mut again = Vec::new();
+        while !(queued.is_empty() && again.is_empty() && self.free.len() == self.flights.len()) {
+            self.fill(&mut queued, &mut again);
+            let in_flight = self.flights.len() - self.free.len();
+            // With more to come half is enough; the rest then overlaps with it.
+            let want = if queued.is_empty() { in_flight } else { in_flight.div_ceil(2) };
+            submit_all(&self.ring, want);
+            self.collect(target, &mut again, &mut done);
+        }
+        for mut bio in single {
+            let status = target.run(&bio);
+            bio.set_status(status);
+            done.push(bio);
+        }
+        done
+    }
+
+    fn fill(&mut self, queued: &mut VecDeque<Bio>, again: &mut Vec<u32>) {
+        loop {
+            let index = if let Some(index) = again.pop() {
+                index
+            } else if !queued.is_empty()
+                && let Some(index) = self.free.pop()
+                && let Some(bio) = queued.pop_front()
+            {
+                self.flights[index as usize].board(bio);
+                index
+            } else {
+                return;
+            };
+            let entry = self.flights[index as usize].entry(u64::from(index));
+            // SAFETY: the flight stays in place and keeps its memory until its
+            // completion, for which `run` waits.
+            let pushed = unsafe { self.ring.submission().push(&entry) };
+            assert!(pushed.is_ok(), "the ring has an entry for each flight");
+        }
+    }
+
+    fn collect(&mut self, target: &Target, again: &mut Vec<u32>, done: &mut Vec<Bio>) {
+        for cqe in self.ring.completion() {
+            // The index came from `fill`.
+            let index = cqe.user_data() as u32;
+            match self.flights[index as usize].land(cqe.result(), target) {
+                Landing::Again => again.push(index),
+                Landing::Done(mut bio, status) => {
+                    self.free.push(index);
+                    bio.set_status(status);
+                    done.push(bio);
+                }
+            }
+        }
+    }
+}
+
+/// Whether the bio is one entry of a ring.
+fn is_plain(bio: &Bio, limits: &QueueLimits) -> bool {
+    use crate::bio::{BioFlags, BioOp};
+    matches!(bio.op(), BioOp::Read | BioOp::Write)
+        && !bio.is_empty()
+        && !bio.flags().contains(BioFlags::PREFLUSH)
+        && fits(bio, limits)
+}
+
+/// Submits what is in the queue, and waits for `want` completions. Never gives up:
+/// what is in the queue belongs to bios that somebody waits for.
+fn submit_all(ring: &IoUring, want: usize) {
+    let mut complained = false;
+    loop {
+        let result = ring.submit_and_wait(want);
+        // SAFETY: the caller is the only user of the submission queue.
+        let left = unsafe { ring.submission_shared().len() };
+        match result {
+            Ok(_) if left == 0 => return,
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+            Err(error) => {
+                // Short of memory, as a rule: in-flight bios will give some back.
+                if !std::mem::replace(&mut complained, true) {
+                    log::warn!("io_uring_enter: {error}; trying again");
+                }
+                if left == 0 {
+                    return;
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+}
+
+/// Waits until the completion queue isn't empty, or something went wrong.
+fn wait_for_one(ring: &IoUring) {
+    // SAFETY: no argument is passed, and nothing is submitted.
+    let result = unsafe {
+        ring.submitter().enter::<libc::sigset_t>(0, 1, EnterFlags::GETEVENTS.bits(), None)
+    };
+    match result {
+        Ok(_) => {}
+        Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+        Err(error) => {
+            log::warn!("io_uring_enter: {error}; trying again");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// Runs the owner's `end_io`; its panic must not take the other bios with it.
+pub(super) fn complete(bio: Bio, status: BlkResult<()>) {
+    if catch_unwind(AssertUnwindSafe(|| bio.end_io(status))).is_err() {
+        log::error!("an end_io panicked");
+    }
+}
