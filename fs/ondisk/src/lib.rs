@@ -13,9 +13,18 @@
 //! - Corruption is an [`error::Corrupt`] that says where.
 #![forbid(unsafe_code)]
 
+pub mod bitmap;
 pub mod checksum;
 pub mod error;
+pub mod extent;
+pub mod features;
+pub mod geometry;
+pub mod group_desc;
+pub mod indirect;
+pub mod inode;
 pub mod jbd2;
+mod raw_superblock;
+pub mod superblock;
 pub mod units;
 
 pub use error::{Corrupt, Result};
