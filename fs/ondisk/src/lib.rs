@@ -13,16 +13,21 @@
 //! - Corruption is an [`error::Corrupt`] that says where.
 #![forbid(unsafe_code)]
 
+pub mod acl;
 pub mod bitmap;
 pub mod checksum;
+pub mod dir_entry;
+pub mod dirhash;
 pub mod error;
 pub mod extent;
 pub mod features;
 pub mod geometry;
 pub mod group_desc;
+pub mod htree;
 pub mod indirect;
 pub mod inode;
 pub mod jbd2;
+pub mod orphan_file;
 mod raw_superblock;
 pub mod superblock;
 pub mod units;

@@ -1,0 +1,647 @@
+//! Linear directory blocks: entries that tile a block, and their checksum.
+//!
+//! Source: Documentation/filesystems/ext4/directory.rst. Every entry's
+//! `rec_len` leads to the next; the last ends at the block's end, or, with
+//! metadata_csum, at a 12-byte tail that looks like an unused entry and holds
+//! the block's checksum. An entry with inode 0 is unused space.
+//!
+//! Invariants:
+//! - [`DirBlock`] validates as it walks; after the first bad entry it ends, so a
+//!   walk is bounded by the block.
+//! - Edits keep the tiling. They validate what they walk over and change
+//!   nothing when they fail; they leave the checksum to the caller, once.
+
+use std::mem::offset_of;
+
+use zerocopy::little_endian::{U16, U32};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::checksum::crc32c;
+use crate::error::{Corrupt, CorruptKind, Result};
+use crate::units::InodeNumber;
+
+const WHAT: &str = "directory block";
+const TAIL_WHAT: &str = "directory block tail";
+
+/// Longest name, bytes (`EXT4_NAME_LEN`).
+pub const NAME_MAX: usize = 255;
+/// Bytes of an entry before its name.
+pub const ENTRY_HEADER: usize = 8;
+/// Bytes of the tail that holds the checksum.
+pub const TAIL_SIZE: usize = 12;
+/// `file_type` of the tail (`EXT4_FT_DIR_CSUM`).
+pub const FT_DIR_CSUM: u8 = 0xDE;
+/// The shortest entry the kernel accepts: a name of one byte.
+const MIN_ENTRY: usize = 12;
+
+/// `struct ext4_dir_entry_2`, without its name.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+#[allow(missing_docs)] // The names are Linux's; directory.rst describes them.
+pub struct RawDirEntry {
+    pub inode: U32,
+    pub rec_len: U16,
+    pub name_len: u8,
+    pub file_type: u8,
+}
+
+/// `struct ext4_dir_entry_tail`.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+#[allow(missing_docs)] // The names are Linux's; directory.rst describes them.
+pub struct RawDirEntryTail {
+    pub det_reserved_zero1: U32,
+    pub det_rec_len: U16,
+    pub det_reserved_zero2: u8,
+    pub det_reserved_ft: u8,
+    pub det_checksum: U32,
+}
+
+const _: () = assert!(size_of::<RawDirEntry>() == ENTRY_HEADER);
+const _: () = assert!(size_of::<RawDirEntryTail>() == TAIL_SIZE);
+const _: () = assert!(offset_of!(RawDirEntryTail, det_checksum) == 8);
+
+/// What an entry leads to (`EXT4_FT_*`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs)]
+pub enum FileType {
+    Unknown,
+    Regular,
+    Directory,
+    CharDevice,
+    BlockDevice,
+    Fifo,
+    Socket,
+    Symlink,
+}
+
+impl FileType {
+    /// From the byte on disk; `None` for one the format does not define.
+    pub fn from_raw(raw: u8) -> Option<Self> {
+        Some(match raw {
+            0 => Self::Unknown,
+            1 => Self::Regular,
+            2 => Self::Directory,
+            3 => Self::CharDevice,
+            4 => Self::BlockDevice,
+            5 => Self::Fifo,
+            6 => Self::Socket,
+            7 => Self::Symlink,
+            _ => return None,
+        })
+    }
+
+    /// The byte on disk.
+    pub fn raw(self) -> u8 {
+        match self {
+            Self::Unknown => 0,
+            Self::Regular => 1,
+            Self::Directory => 2,
+            Self::CharDevice => 3,
+            Self::BlockDevice => 4,
+            Self::Fifo => 5,
+            Self::Socket => 6,
+            Self::Symlink => 7,
+        }
+    }
+
+    /// From `i_mode`; `Unknown` when its type bits are none of the seven.
+    pub fn from_mode(mode: u16) -> Self {
+        match mode >> 12 {
+            0o10 => Self::Regular,
+            0o04 => Self::Directory,
+            0o02 => Self::CharDevice,
+            0o06 => Self::BlockDevice,
+            0o01 => Self::Fifo,
+            0o14 => Self::Socket,
+            0o12 => Self::Symlink,
+            _ => Self::Unknown,
+        }
+    }
+}
+
+/// How a filesystem writes its directories.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirFormat {
+    /// The filetype feature: entries carry the type.
+    pub filetype: bool,
+    /// The metadata_csum feature: blocks end in a tail with a checksum.
+    pub csum: bool,
+    /// `s_inodes_count`: entries may not lead further.
+    pub inodes_count: u32,
+}
+
+/// The bytes an entry with a name of `name_len` bytes needs.
+pub fn entry_size(name_len: usize) -> usize {
+    (ENTRY_HEADER + name_len).next_multiple_of(4)
+}
+
+/// `rec_len` from disk: blocks of 64 KiB and more keep the two high bits in the low ones.
+pub fn rec_len_from_disk(raw: u16, block_size: usize) -> usize {
+    let raw = usize::from(raw);
+    if block_size < 65536 {
+        raw
+    } else if raw == 0 || raw == 65535 {
+        block_size
+    } else {
+        (raw & 65532) | (raw & 3) << 16
+    }
+}
+
+/// `rec_len` to disk.
+///
+/// # Panics
+/// When the length is not a multiple of 4 inside the block: a broken promise of the caller.
+pub fn rec_len_to_disk(len: usize, block_size: usize) -> u16 {
+    assert!(len <= block_size && len.is_multiple_of(4), "rec_len {len} in a block of {block_size}");
+    let coded = match len {
+        _ if len < 65536 => len,
+        65536 if block_size == 65536 => 65535,
+        _ if len == block_size => 0,
+        _ => (len & 65532) | (len >> 16 & 3),
+    };
+    u16::try_from(coded).expect("at most 65535 by construction")
+}
+
+/// One entry, checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirEntry<'a> {
+    /// Bytes from the start of the block.
+    pub offset: usize,
+    /// Bytes to the next entry.
+    pub rec_len: usize,
+    /// Where it leads; 0 when the entry is unused.
+    pub inode: InodeNumber,
+    /// The raw type byte; 0 without the filetype feature.
+    pub file_type: u8,
+    /// The name; may hold any bytes of an unused entry.
+    pub name: &'a [u8],
+}
+
+impl DirEntry<'_> {
+    /// Whether it leads somewhere.
+    pub fn in_use(&self) -> bool {
+        self.inode.0 != 0
+    }
+
+    /// Bytes after the entry that another could take.
+    pub fn free_space(&self) -> usize {
+        if self.in_use() { self.rec_len - entry_size(self.name.len()) } else { self.rec_len }
+    }
+}
+
+/// A linear directory block.
+#[derive(Clone, Copy)]
+pub struct DirBlock<'a> {
+    bytes: &'a [u8],
+    format: DirFormat,
+}
+
+impl<'a> DirBlock<'a> {
+    /// A view of a whole block (or, for inline data, of its entries).
+    pub fn new(bytes: &'a [u8], format: DirFormat) -> Self {
+        Self { bytes, format }
+    }
+
+    /// Where the entries end: at the tail, if the format has one.
+    fn end(&self) -> usize {
+        self.bytes.len().saturating_sub(if self.format.csum { TAIL_SIZE } else { 0 })
+    }
+
+    /// The entries, used and unused, in order; a bad one ends the walk with an error.
+    pub fn entries(&self) -> DirEntries<'a> {
+        DirEntries { block: *self, end: self.end(), at: 0 }
+    }
+
+    /// The entry at an offset.
+    fn entry_at(&self, at: usize, end: usize) -> Result<DirEntry<'a>> {
+        let bad = |detail: String| Corrupt::value(WHAT, format!("entry at {at}: {detail}"));
+        let room = end.saturating_sub(at);
+        if room < MIN_ENTRY {
+            return Err(bad(format!("{room} bytes are too few for an entry")));
+        }
+        let (raw, tail) = RawDirEntry::ref_from_prefix(&self.bytes[at..end])
+            .map_err(|_| Corrupt::truncated(WHAT, room, ENTRY_HEADER))?;
+        let rec_len = rec_len_from_disk(raw.rec_len.get(), self.bytes.len());
+        let name_len = usize::from(raw.name_len);
+        if rec_len < MIN_ENTRY || !rec_len.is_multiple_of(4) || rec_len > room {
+            return Err(bad(format!("rec_len is {rec_len}, {room} bytes left")));
+        }
+        if entry_size(name_len) > rec_len {
+            return Err(bad(format!("name_len {name_len} does not fit rec_len {rec_len}")));
+        }
+        if rec_len < room && room - rec_len < MIN_ENTRY {
+            return Err(bad(format!("rec_len {rec_len} leaves {} bytes", room - rec_len)));
+        }
+        let inode = raw.inode.get();
+        if inode > self.format.inodes_count {
+            return Err(bad(format!("inode {inode} of {}", self.format.inodes_count)));
+        }
+        let file_type = if self.format.filetype { raw.file_type } else { 0 };
+        let name = &tail[..name_len];
+        Ok(DirEntry { offset: at, rec_len, inode: InodeNumber(inode), file_type, name })
+    }
+
+    /// The used entry of a name.
+    ///
+    /// # Errors
+    /// The first bad entry met before it.
+    pub fn find(&self, name: &[u8]) -> Result<Option<DirEntry<'a>>> {
+        for entry in self.entries() {
+            let entry = entry?;
+            if entry.in_use() && entry.name == name {
+                return Ok(Some(entry));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Checks the tail and its checksum.
+    ///
+    /// # Errors
+    /// `Magic` when the tail is not there, `Checksum`, `Truncated`.
+    pub fn verify_checksum(&self, inode_seed: u32) -> Result<()> {
+        let (body, tail) = self.tail()?;
+        let (stored, computed) = (tail.det_checksum.get(), crc32c(inode_seed, body));
+        if stored == computed { Ok(()) } else { Err(Corrupt::checksum(WHAT, stored, computed)) }
+    }
+
+    fn tail(&self) -> Result<(&'a [u8], &'a RawDirEntryTail)> {
+        let (body, tail) = RawDirEntryTail::ref_from_suffix(self.bytes)
+            .map_err(|_| Corrupt::truncated(TAIL_WHAT, self.bytes.len(), TAIL_SIZE))?;
+        if tail.det_reserved_zero1.get() != 0
+            || usize::from(tail.det_rec_len.get()) != TAIL_SIZE
+            || tail.det_reserved_zero2 != 0
+            || tail.det_reserved_ft != FT_DIR_CSUM
+        {
+            return Err(Corrupt::new(CorruptKind::Magic, TAIL_WHAT, "no space for the checksum"));
+        }
+        Ok((body, tail))
+    }
+}
+
+/// See [`DirBlock::entries`].
+pub struct DirEntries<'a> {
+    block: DirBlock<'a>,
+    end: usize,
+    at: usize,
+}
+
+impl<'a> Iterator for DirEntries<'a> {
+    type Item = Result<DirEntry<'a>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.at >= self.end {
+            return None;
+        }
+        let entry = self.block.entry_at(self.at, self.end);
+        self.at = match &entry {
+            Ok(entry) => entry.offset + entry.rec_len,
+            Err(_) => self.end,
+        };
+        Some(entry)
+    }
+}
+
+/// A linear directory block to edit in place.
+pub struct DirBlockMut<'a> {
+    bytes: &'a mut [u8],
+    format: DirFormat,
+}
+
+impl<'a> DirBlockMut<'a> {
+    /// An editor of a whole block.
+    pub fn new(bytes: &'a mut [u8], format: DirFormat) -> Self {
+        Self { bytes, format }
+    }
+
+    /// The block to read.
+    pub fn view(&self) -> DirBlock<'_> {
+        DirBlock::new(self.bytes, self.format)
+    }
+
+    /// Makes the block empty: one unused entry, and the tail.
+    pub fn init_empty(&mut self) {
+        self.bytes.fill(0);
+        let end = self.view().end();
+        self.write_header(0, end, 0, InodeNumber(0), FileType::Unknown);
+        self.init_tail();
+    }
+
+    /// Makes the block a new directory's first: `.`, `..`, and the tail.
+    pub fn init_dot(&mut self, this: InodeNumber, parent: InodeNumber) {
+        self.bytes.fill(0);
+        let end = self.view().end();
+        let dot = entry_size(1);
+        self.write_entry(0, dot, this, FileType::Directory, b".");
+        self.write_entry(dot, end - dot, parent, FileType::Directory, b"..");
+        self.init_tail();
+    }
+
+    fn init_tail(&mut self) {
+        if !self.format.csum {
+            return;
+        }
+        if let Ok((_, tail)) = RawDirEntryTail::mut_from_suffix(self.bytes) {
+            tail.det_reserved_zero1 = U32::ZERO;
+            tail.det_rec_len = U16::new(12);
+            tail.det_reserved_zero2 = 0;
+            tail.det_reserved_ft = FT_DIR_CSUM;
+            tail.det_checksum = U32::ZERO;
+        }
+    }
+
+    fn write_header(
+        &mut self,
+        at: usize,
+        rec_len: usize,
+        name_len: usize,
+        inode: InodeNumber,
+        file_type: FileType,
+    ) {
+        let block_size = self.bytes.len();
+        let raw = RawDirEntry {
+            inode: U32::new(inode.0),
+            rec_len: U16::new(rec_len_to_disk(rec_len, block_size)),
+            name_len: u8::try_from(name_len).expect("names are at most 255 bytes"),
+            file_type: if self.format.filetype { file_type.raw() } else { 0 },
+        };
+        self.bytes[at..at + ENTRY_HEADER].copy_from_slice(raw.as_bytes());
+    }
+
+    fn write_entry(
+        &mut self,
+        at: usize,
+        rec_len: usize,
+        inode: InodeNumber,
+        file_type: FileType,
+        name: &[u8],
+    ) {
+        self.write_header(at, rec_len, name.len(), inode, file_type);
+        let start = at + ENTRY_HEADER;
+        self.bytes[start..start + name.len()].copy_from_slice(name);
+        // What an older entry left after the name is not this one's.
+        self.bytes[start + name.len()..at + entry_size(name.len())].fill(0);
+    }
+
+    fn set_rec_len(&mut self, at: usize, rec_len: usize) {
+        let raw = rec_len_to_disk(rec_len, self.bytes.len());
+        let field = at + offset_of!(RawDirEntry, rec_len);
+        self.bytes[field..field + 2].copy_from_slice(U16::new(raw).as_bytes());
+    }
+
+    /// Puts an entry into the first space that holds it; its offset, or `None`
+    /// when the block is full. Does not look for the name.
+    ///
+    /// # Errors
+    /// A bad entry met on the way.
+    ///
+    /// # Panics
+    /// When the name is empty or longer than 255 bytes: a broken promise of the caller.
+    pub fn insert(
+        &mut self,
+        name: &[u8],
+        inode: InodeNumber,
+        file_type: FileType,
+    ) -> Result<Option<usize>> {
+        assert!(!name.is_empty() && name.len() <= NAME_MAX, "name of {} bytes", name.len());
+        let need = entry_size(name.len());
+        let mut place = None;
+        for entry in self.view().entries() {
+            let entry = entry?;
+            if entry.free_space() >= need {
+                let used = if entry.in_use() { entry_size(entry.name.len()) } else { 0 };
+                place = Some((entry.offset, entry.rec_len, used));
+                break;
+            }
+        }
+        let Some((offset, rec_len, used)) = place else { return Ok(None) };
+        if used != 0 {
+            self.set_rec_len(offset, used);
+        }
+        self.write_entry(offset + used, rec_len - used, inode, file_type, name);
+        Ok(Some(offset + used))
+    }
+
+    /// Appends an entry that takes the rest of the block from `at` to its end:
+    /// for packing a block entry by entry. See [`DirBlockMut::finish_packing`].
+    pub(crate) fn pack(&mut self, at: usize, entry: &PackedEntry) -> Option<usize> {
+        let size = entry_size(entry.name.len());
+        let end = at.checked_add(size).filter(|&end| end <= self.view().end())?;
+        self.write_header(at, size, entry.name.len(), entry.inode, FileType::Unknown);
+        self.bytes[at + offset_of!(RawDirEntry, file_type)] = entry.file_type;
+        let start = at + ENTRY_HEADER;
+        self.bytes[start..start + entry.name.len()].copy_from_slice(&entry.name);
+        self.bytes[start + entry.name.len()..end].fill(0);
+        Some(end)
+    }
+
+    /// Ends packing: the entry at `last` takes the rest of the block; without
+    /// one the block becomes empty.
+    pub(crate) fn finish_packing(&mut self, last: Option<usize>) {
+        let end = self.view().end();
+        match last {
+            Some(at) => self.set_rec_len(at, end - at),
+            None => self.init_empty(),
+        }
+        self.init_tail();
+    }
+
+    /// Removes the entry at an offset: the one before it takes its space, and
+    /// its bytes are zeroed; the first entry becomes unused.
+    ///
+    /// # Errors
+    /// A bad entry met on the way, or `Value` when no used entry begins there.
+    pub fn remove(&mut self, offset: usize) -> Result<()> {
+        let mut before: Option<(usize, usize)> = None;
+        let mut found = None;
+        for entry in self.view().entries() {
+            let entry = entry?;
+            if entry.offset == offset && entry.in_use() {
+                found = Some(entry.rec_len);
+                break;
+            }
+            before = Some((entry.offset, entry.rec_len));
+        }
+        let Some(rec_len) = found else {
+            return Err(Corrupt::value(WHAT, format!("no used entry begins at {offset}")));
+        };
+        match before {
+            Some((previous, previous_len)) => {
+                self.bytes[offset..offset + rec_len].fill(0);
+                self.set_rec_len(previous, previous_len + rec_len);
+            }
+            None => {
+                self.bytes[offset..offset + rec_len].fill(0);
+                self.set_rec_len(offset, rec_len);
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets the entry at an offset lead elsewhere: rename over it, and `..` of a
+    /// directory that moved.
+    ///
+    /// # Errors
+    /// A bad entry met on the way, or `Value` when no used entry begins there.
+    pub fn set_target(
+        &mut self,
+        offset: usize,
+        inode: InodeNumber,
+        file_type: FileType,
+    ) -> Result<()> {
+        for entry in self.view().entries() {
+            let entry = entry?;
+            if entry.offset == offset && entry.in_use() {
+                let (rec_len, name_len) = (entry.rec_len, entry.name.len());
+                self.write_header(offset, rec_len, name_len, inode, file_type);
+                return Ok(());
+            }
+        }
+        Err(Corrupt::value(WHAT, format!("no used entry begins at {offset}")))
+    }
+
+    /// Sets the checksum; nothing without metadata_csum.
+    ///
+    /// # Errors
+    /// `Magic` when the block has no tail: it must not be overwritten.
+    pub fn set_checksum(&mut self, inode_seed: u32) -> Result<()> {
+        if !self.format.csum {
+            return Ok(());
+        }
+        let (body, _) = self.view().tail()?;
+        let checksum = crc32c(inode_seed, body);
+        if let Ok((_, tail)) = RawDirEntryTail::mut_from_suffix(self.bytes) {
+            tail.det_checksum = U32::new(checksum);
+        }
+        Ok(())
+    }
+}
+
+/// An entry taken out of a block, to be packed into another.
+#[derive(Clone, Debug)]
+pub(crate) struct PackedEntry {
+    pub inode: InodeNumber,
+    pub file_type: u8,
+    pub name: Vec<u8>,
+}
+
+impl From<DirEntry<'_>> for PackedEntry {
+    fn from(entry: DirEntry<'_>) -> Self {
+        Self { inode: entry.inode, file_type: entry.file_type, name: entry.name.to_vec() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const FORMAT: DirFormat = DirFormat { filetype: true, csum: true, inodes_count: 1000 };
+
+    fn names(block: &[u8], format: DirFormat) -> BTreeMap<Vec<u8>, u32> {
+        DirBlock::new(block, format)
+            .entries()
+            .map(|entry| entry.expect("the block is sound"))
+            .filter(DirEntry::in_use)
+            .map(|entry| (entry.name.to_vec(), entry.inode.0))
+            .collect()
+    }
+
+    #[test]
+    fn rec_len_covers_blocks_of_64_kib() {
+        for (len, block, raw) in [(12, 4096, 12), (4096, 4096, 4096), (65536, 65536, 65535)] {
+            assert_eq!(rec_len_to_disk(len, block), raw);
+            assert_eq!(rec_len_from_disk(raw, block), len);
+        }
+        for len in (12..=65536).step_by(4) {
+            assert_eq!(rec_len_from_disk(rec_len_to_disk(len, 65536), 65536), len);
+        }
+    }
+
+    #[test]
+    fn a_new_directory_has_dot_and_dot_dot_and_a_good_checksum() {
+        let mut bytes = vec![0xFF; 1024];
+        let mut block = DirBlockMut::new(&mut bytes, FORMAT);
+        block.init_dot(InodeNumber(12), InodeNumber(2));
+        block.set_checksum(7).unwrap();
+        assert_eq!(block.view().verify_checksum(7), Ok(()));
+        assert_eq!(block.view().verify_checksum(8).unwrap_err().kind, CorruptKind::Checksum);
+        let expected = BTreeMap::from([(b".".to_vec(), 12), (b"..".to_vec(), 2)]);
+        assert_eq!(names(&bytes, FORMAT), expected);
+    }
+
+    #[test]
+    fn a_block_without_a_tail_keeps_its_last_bytes() {
+        let mut bytes = vec![0x11; 1024];
+        let mut block = DirBlockMut::new(&mut bytes, FORMAT);
+        assert_eq!(block.set_checksum(7).unwrap_err().kind, CorruptKind::Magic);
+        assert!(bytes.iter().all(|&byte| byte == 0x11));
+    }
+
+    #[test]
+    fn an_entry_may_not_leave_a_gap_too_small_for_another() {
+        let format = DirFormat { csum: false, ..FORMAT };
+        let mut bytes = vec![0; 64];
+        DirBlockMut::new(&mut bytes, format).init_empty();
+        bytes[4..6].copy_from_slice(&56u16.to_le_bytes());
+        let error = DirBlock::new(&bytes, format).entries().next().unwrap().unwrap_err();
+        assert!(error.detail.contains("leaves 8 bytes"), "{error}");
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Insert(Vec<u8>, u32),
+        Remove(usize),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let name = prop::collection::vec(any::<u8>(), 1..40);
+        let insert = (name, 1u32..1000).prop_map(|(name, inode)| Step::Insert(name, inode));
+        let remove = any::<usize>().prop_map(Step::Remove);
+        prop::collection::vec(prop_oneof![3 => insert, 1 => remove], 0..120)
+    }
+
+    proptest! {
+        #[test]
+        fn a_block_behaves_like_a_map(steps in steps(), csum: bool, filetype: bool) {
+            let format = DirFormat { csum, filetype, ..FORMAT };
+            let mut bytes = vec![0xEE; 1024];
+            let mut model = BTreeMap::new();
+            let mut block = DirBlockMut::new(&mut bytes, format);
+            block.init_empty();
+            for step in steps {
+                match step {
+                    Step::Insert(name, inode) if !model.contains_key(&name) => {
+                        let number = InodeNumber(inode);
+                        if block.insert(&name, number, FileType::Regular).unwrap().is_some() {
+                            model.insert(name, inode);
+                        }
+                    }
+                    Step::Remove(pick) if !model.is_empty() => {
+                        let name = model.keys().nth(pick % model.len()).unwrap().clone();
+                        let offset = block.view().find(&name).unwrap().unwrap().offset;
+                        block.remove(offset).unwrap();
+                        model.remove(&name);
+                    }
+                    _ => {}
+                }
+            }
+            block.set_checksum(3).unwrap();
+            prop_assert!(!csum || block.view().verify_checksum(3).is_ok());
+            prop_assert_eq!(names(&bytes, format), model);
+        }
+
+        #[test]
+        fn any_bytes_are_walked_within_bounds(
+            bytes in prop::collection::vec(any::<u8>(), 0..200), csum: bool,
+        ) {
+            let format = DirFormat { csum, ..FORMAT };
+            let count = DirBlock::new(&bytes, format).entries().count();
+            prop_assert!(count <= bytes.len() / MIN_ENTRY + 1);
+        }
+    }
+}
