@@ -12,18 +12,21 @@
 //! Locks: see the crate's order. `core` is taken last and never held over
 //! anything that waits.
 
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, RwLock};
-use uext_jbd2::{Handle, Tid};
-use uext_ondisk::inode::{InodeFlags, RawInode};
-use uext_ondisk::{FsBlock, InodeNumber};
-use uext_pagecache::{AddressSpace, Buffer};
-use uext_vfs::{Attr, FileKind, Timestamp};
+use uext_jbd2::{Handle, Tid, tid_gt};
+use uext_ondisk::inode::{DeviceNumber, Inode as RawView, InodeFlags, Timestamp as RawTime};
+use uext_ondisk::{Corrupt, FsBlock, InodeNumber};
+use uext_pagecache::{AddressSpace, AddressSpaceOps, Buffer};
+use uext_vfs::{Attr, Errno, FileKind, Timestamp};
 
+use crate::credits;
 use crate::error::{Error, Result};
 use crate::fs::Ext4;
+use crate::options::AtimePolicy;
 
 /// The attributes of an inode and the root of its block mapping.
 #[derive(Clone, Debug)]
@@ -83,6 +86,8 @@ pub(crate) struct Inode {
     pub mapping: Arc<AddressSpace>,
     /// Blocks reserved for delayed data and its mapping [changed with folios locked].
     pub reserved: AtomicU64,
+    /// Delayed blocks among them, for `st_blocks`.
+    pub delayed: AtomicU64,
     /// Lookups that a front end owes a forget for [inode cache shard].
     pub lookups: AtomicU64,
     /// The last transaction that changed the inode, and that changed what fdatasync needs.
@@ -94,14 +99,425 @@ pub(crate) struct Inode {
 impl Inode {
     /// The filesystem; an inode never outlives its mount in use.
     pub fn fs(&self) -> Result<Arc<Ext4>> {
-        self.fs.upgrade().ok_or(Error::Errno(uext_vfs::Errno::EIO))
+        self.fs.upgrade().ok_or(Error::Errno(Errno::EIO))
     }
 
     /// Notes that a transaction changed the inode; `data` when fdatasync must wait for it too.
     pub fn note_tid(&self, tid: Tid, data: bool) {
-        self.sync_tid.store(tid, Ordering::Relaxed);
+        let later = |slot: &AtomicU32| {
+            let _ = slot.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| {
+                tid_gt(tid, old).then_some(tid)
+            });
+        };
+        later(&self.sync_tid);
         if data {
-            self.datasync_tid.store(tid, Ordering::Relaxed);
+            later(&self.datasync_tid);
         }
+    }
+
+    /// Bytes, as stat(2) shows.
+    pub fn size(&self) -> u64 {
+        self.core.lock().size
+    }
+
+    /// Whether it is a directory.
+    pub fn is_dir(&self) -> bool {
+        self.kind == FileKind::Directory
+    }
+
+    /// What stat(2) shows.
+    pub fn attr(&self, block_size: u32) -> Attr {
+        // Delayed data counts as it will when it is mapped.
+        let delayed = self.delayed_blocks() * u64::from(block_size / 512);
+        let core = self.core.lock();
+        let rdev = match self.kind {
+            FileKind::BlockDevice | FileKind::CharDevice => {
+                DeviceNumber::decode(&core.i_block).to_kernel()
+            }
+            _ => 0,
+        };
+        Attr {
+            ino: u64::from(self.ino.0),
+            kind: self.kind,
+            perm: core.mode & 0o7777,
+            nlink: u32::from(core.nlink),
+            uid: core.uid,
+            gid: core.gid,
+            rdev,
+            size: core.size,
+            blocks: core.blocks + delayed,
+            blksize: block_size.max(4096),
+            atime: core.atime,
+            mtime: core.mtime,
+            ctime: core.ctime,
+            crtime: core.crtime,
+        }
+    }
+
+    /// Blocks of delayed data; its mapping's reservation is not counted.
+    fn delayed_blocks(&self) -> u64 {
+        self.delayed.load(Ordering::Relaxed)
+    }
+}
+
+fn from_raw_time(time: RawTime) -> Timestamp {
+    Timestamp { sec: time.secs, nsec: time.nanos }
+}
+
+fn to_raw_time(time: Timestamp) -> RawTime {
+    RawTime { secs: time.sec, nanos: time.nsec }
+}
+
+impl Core {
+    fn parse<B: AsRef<[u8]>>(fs: &Ext4, raw: &RawView<B>) -> Self {
+        let features = fs.sb.features();
+        let size = raw.size(features);
+        Self {
+            mode: raw.mode(),
+            uid: raw.uid(),
+            gid: raw.gid(),
+            size,
+            disk_size: size,
+            nlink: raw.links_count(),
+            atime: from_raw_time(raw.atime()),
+            mtime: from_raw_time(raw.mtime()),
+            ctime: from_raw_time(raw.ctime()),
+            crtime: raw.crtime().map(from_raw_time),
+            flags: raw.flags(),
+            blocks: raw.sectors(features, fs.block_size()),
+            file_acl: raw.file_acl(features),
+            i_block: *raw.i_block(),
+            dtime: raw.dtime(),
+            lazy_dirty: false,
+        }
+    }
+
+    /// Writes what `self` knows into a raw inode; every other byte stays.
+    fn store(&self, fs: &Ext4, raw: &mut RawView<&mut [u8]>) -> Result<()> {
+        raw.set_mode(self.mode);
+        raw.set_uid(self.uid);
+        raw.set_gid(self.gid);
+        raw.set_flags(self.flags);
+        raw.set_links_count(self.nlink);
+        raw.set_size(self.disk_size);
+        raw.set_sectors(self.blocks, fs.sb.features(), fs.block_size())
+            .ok_or(Error::Errno(Errno::EFBIG))?;
+        raw.set_file_acl(self.file_acl);
+        raw.set_atime(to_raw_time(self.atime));
+        raw.set_mtime(to_raw_time(self.mtime));
+        raw.set_ctime(to_raw_time(self.ctime));
+        if let Some(crtime) = self.crtime {
+            raw.set_crtime(to_raw_time(crtime));
+        }
+        raw.set_dtime(self.dtime);
+        *raw.i_block_mut() = self.i_block;
+        Ok(())
+    }
+}
+
+impl Ext4 {
+    /// The inode with this number, counted by its `Arc` only.
+    ///
+    /// # Errors
+    /// `Corrupt` when the number or the raw inode is impossible, or the inode is not in use.
+    pub(crate) fn iget(&self, ino: InodeNumber) -> Result<Arc<Inode>> {
+        let inode = self.iget_deleted(ino)?;
+        if inode.core.lock().nlink == 0 && !self.inodes.is_cached(ino) {
+            let corrupt = Corrupt::value("inode", "is not in use, but a name or list points at it");
+            return Err(corrupt.in_inode(ino).into());
+        }
+        Ok(inode)
+    }
+
+    /// As [`Ext4::iget`], also for an inode without links: orphans.
+    pub(crate) fn iget_deleted(&self, ino: InodeNumber) -> Result<Arc<Inode>> {
+        if let Some(inode) = self.inodes.find(ino) {
+            return Ok(inode);
+        }
+        let ino = self.sb.check_inode(ino)?;
+        let (buf, offset) = self.inode_buffer(ino)?;
+        let inode = {
+            let bytes = buf.read();
+            let raw = RawView::new(&bytes[offset..offset + usize::from(self.sb.inode_size())])?;
+            self.check_raw(ino, &raw)?;
+            self.build_inode(ino, raw.generation(), Core::parse(self, &raw))
+        };
+        if inode.core.lock().nlink == 0 {
+            // Not cached: its number may be given out again while nobody looks.
+            return Ok(inode);
+        }
+        Ok(self.inodes.insert_or_find(&inode))
+    }
+
+    fn check_raw<B: AsRef<[u8]>>(&self, ino: InodeNumber, raw: &RawView<B>) -> Result<()> {
+        let place = |c: Corrupt| c.in_inode(ino);
+        raw.verify(&self.sb, ino).map_err(place)?;
+        raw.check_extra_isize().map_err(place)?;
+        if FileKind::from_mode(u32::from(raw.mode())).is_none() && ino != InodeNumber::BAD_BLOCKS {
+            let kind = format!("mode {:#o} names no file type", raw.mode());
+            return Err(Corrupt::value("inode", kind).in_inode(ino).into());
+        }
+        let flags = raw.flags();
+        for (flag, name) in [(InodeFlags::ENCRYPT, "encrypted"), (InodeFlags::CASEFOLD, "casefolded")] {
+            if flags.contains(flag) {
+                log::warn!("{}: inode {ino}: {name} files are not supported", self.name);
+                return Err(Errno::EOPNOTSUPP.into());
+            }
+        }
+        let size = raw.size(self.sb.features());
+        if size > i64::MAX.cast_unsigned() {
+            return Err(Corrupt::value("inode", format!("size {size}")).in_inode(ino).into());
+        }
+        let acl = raw.file_acl(self.sb.features());
+        if acl.0 != 0 && !self.is_data_range(acl, 1) {
+            let detail = format!("attribute block {acl} is outside the data area");
+            return Err(Corrupt::value("inode", detail).in_inode(ino).into());
+        }
+        Ok(())
+    }
+
+    /// The in-core inode of a number.
+    pub(crate) fn build_inode(&self, ino: InodeNumber, generation: u32, core: Core) -> Arc<Inode> {
+        let csum_seed =
+            uext_ondisk::inode::inode_csum_seed(self.sb.csum_seed(), ino, generation);
+        let kind = FileKind::from_mode(u32::from(core.mode)).unwrap_or(FileKind::Regular);
+        Arc::new_cyclic(|me: &Weak<Inode>| {
+            let ops: Weak<dyn AddressSpaceOps> = me.clone();
+            Inode {
+                ino,
+                generation,
+                csum_seed,
+                kind,
+                fs: self.this.clone(),
+                rwsem: RwLock::new(()),
+                writeback: Mutex::new(()),
+                map: RwLock::new(()),
+                core: Mutex::new(core),
+                mapping: AddressSpace::new(&self.cache, u64::from(ino.0), ops),
+                reserved: AtomicU64::new(0),
+                delayed: AtomicU64::new(0),
+                lookups: AtomicU64::new(0),
+                sync_tid: AtomicU32::new(self.journal.committed_tid()),
+                datasync_tid: AtomicU32::new(self.journal.committed_tid()),
+            }
+        })
+    }
+
+    /// The inode table block that holds an inode, and the byte offset in it.
+    pub(crate) fn inode_buffer(&self, ino: InodeNumber) -> Result<(Buffer, usize)> {
+        let location = self
+            .sb
+            .inode_location(ino)
+            .ok_or_else(|| Corrupt::value("inode number", ino.to_string()))?;
+        let desc = self.desc(location.group)?;
+        let block = desc.inode_table.0 + u64::from(location.table_block);
+        Ok((self.buffers.bread(block)?, location.offset as usize))
+    }
+
+    /// Writes an inode's attributes into its table block under a handle.
+    pub(crate) fn mark_inode_dirty(&self, handle: &Handle, inode: &Inode) -> Result<()> {
+        let (buf, offset) = self.inode_buffer(inode.ino)?;
+        let mut bytes = handle.write(&buf)?;
+        let size = usize::from(self.sb.inode_size());
+        let mut raw = RawView::new(&mut bytes[offset..offset + size])?;
+        if raw.generation() != inode.generation || raw.mode() == 0 {
+            // The raw inode was cleared when its number was taken.
+            let extra = self.sb.want_extra_isize();
+            raw.init(if self.sb.inode_size() > 128 { extra } else { 0 });
+            raw.set_generation(inode.generation);
+        }
+        {
+            let mut core = inode.core.lock();
+            core.store(self, &mut raw)?;
+            core.lazy_dirty = false;
+        }
+        raw.seal(&self.sb, inode.ino);
+        inode.note_tid(handle.tid(), true);
+        Ok(())
+    }
+
+    /// Recomputes a raw inode's checksum after an edit in place.
+    pub(crate) fn seal_inode(&self, inode: &Inode, raw: &mut [u8]) -> Result<()> {
+        RawView::new(raw)?.seal(&self.sb, inode.ino);
+        Ok(())
+    }
+
+    /// Writes times that changed in memory only.
+    pub(crate) fn write_lazy(&self, inode: &Inode) -> Result<()> {
+        if !inode.core.lock().lazy_dirty || self.is_read_only() {
+            return Ok(());
+        }
+        let handle = self.start(credits::SETATTR)?;
+        self.mark_inode_dirty(&handle, inode)
+    }
+
+    /// Notes a read in the access time, as the mount's policy says.
+    pub(crate) fn touch_atime(&self, inode: &Inode) {
+        if self.is_read_only() || self.options.atime == AtimePolicy::Never {
+            return;
+        }
+        let now = self.now();
+        let mut core = inode.core.lock();
+        if core.flags.contains(InodeFlags::NOATIME) {
+            return;
+        }
+        const DAY_SECS: i64 = 86_400;
+        let due = match self.options.atime {
+            AtimePolicy::Never => false,
+            AtimePolicy::Strict => core.atime != now,
+            AtimePolicy::Relative => {
+                core.atime <= core.mtime
+                    || core.atime <= core.ctime
+                    || now.sec - core.atime.sec >= DAY_SECS
+            }
+        };
+        if due {
+            core.atime = now;
+            core.lazy_dirty = true;
+        }
+    }
+
+    /// Gives back lookups; an inode without links and lookups is deleted.
+    pub(crate) fn forget_inode(&self, ino: InodeNumber, count: u64) {
+        let Some(inode) = self.inodes.forget(ino, count) else { return };
+        if inode.core.lock().nlink == 0 {
+            if let Err(error) = self.delete_inode(&inode) {
+                self.report(Some(ino), &error);
+            }
+        } else {
+            self.shrink_inodes();
+        }
+    }
+
+    /// Deletes an inode that has no links and no users: its blocks, attributes and number.
+    pub(crate) fn delete_inode(&self, inode: &Arc<Inode>) -> Result<()> {
+        if self.is_read_only() {
+            return Ok(());
+        }
+        let _exclusive = inode.rwsem.write();
+        self.drop_all_blocks(inode)?;
+        let handle = self.start(credits::XATTR + credits::NEW_INODE + credits::ORPHAN + 2)?;
+        self.delete_xattr_block(&handle, inode)?;
+        self.orphan_del(&handle, inode)?;
+        {
+            let mut core = inode.core.lock();
+            core.size = 0;
+            core.disk_size = 0;
+            core.dtime = u32::try_from(self.now().sec).unwrap_or(u32::MAX);
+        }
+        self.mark_inode_dirty(&handle, inode)?;
+        self.inodes.remove(inode);
+        self.free_inode(&handle, inode, inode.is_dir())
+    }
+
+    /// Drops idle, clean inodes beyond the cache's bound.
+    fn shrink_inodes(&self) {
+        for inode in self.inodes.idle_victims() {
+            let _ = self.write_lazy(&inode);
+            self.inodes.drop_if_idle(&inode);
+        }
+    }
+}
+
+/// Shards of the cache, by inode number.
+const SHARDS: usize = 16;
+/// Inodes kept that no front end knows any more.
+const MAX_IDLE: usize = 16_384;
+
+/// The inodes in use, and some that were lately.
+pub(crate) struct InodeCache {
+    shards: [Mutex<HashMap<InodeNumber, Arc<Inode>>>; SHARDS],
+    /// Numbers in the order in which they became idle; stale ones are skipped.
+    idle: Mutex<VecDeque<InodeNumber>>,
+}
+
+impl InodeCache {
+    /// An empty cache.
+    pub fn new() -> Self {
+        Self { shards: Default::default(), idle: Mutex::default() }
+    }
+
+    fn shard(&self, ino: InodeNumber) -> &Mutex<HashMap<InodeNumber, Arc<Inode>>> {
+        &self.shards[ino.0 as usize % SHARDS]
+    }
+
+    /// The inode, when cached.
+    pub fn find(&self, ino: InodeNumber) -> Option<Arc<Inode>> {
+        self.shard(ino).lock().get(&ino).cloned()
+    }
+
+    /// Whether the inode is cached.
+    pub fn is_cached(&self, ino: InodeNumber) -> bool {
+        self.shard(ino).lock().contains_key(&ino)
+    }
+
+    /// Puts a new inode in, in place of whatever had its number.
+    pub fn insert(&self, inode: &Arc<Inode>) {
+        self.shard(inode.ino).lock().insert(inode.ino, inode.clone());
+    }
+
+    /// Puts an inode in unless another thread was faster; gives the one that counts.
+    fn insert_or_find(&self, inode: &Arc<Inode>) -> Arc<Inode> {
+        self.shard(inode.ino).lock().entry(inode.ino).or_insert_with(|| inode.clone()).clone()
+    }
+
+    /// Counts a lookup for a front end.
+    pub fn count_lookup(&self, inode: &Arc<Inode>) {
+        let mut shard = self.shard(inode.ino).lock();
+        // An inode that was dropped as idle between iget and here comes back.
+        shard.entry(inode.ino).or_insert_with(|| inode.clone());
+        inode.lookups.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Gives back lookups; the inode when none is left.
+    fn forget(&self, ino: InodeNumber, count: u64) -> Option<Arc<Inode>> {
+        let shard = self.shard(ino).lock();
+        let inode = shard.get(&ino)?.clone();
+        let left = inode.lookups.load(Ordering::Relaxed).saturating_sub(count);
+        inode.lookups.store(left, Ordering::Relaxed);
+        drop(shard);
+        if left > 0 {
+            return None;
+        }
+        self.idle.lock().push_back(ino);
+        Some(inode)
+    }
+
+    /// Takes a deleted inode out.
+    fn remove(&self, inode: &Arc<Inode>) {
+        let mut shard = self.shard(inode.ino).lock();
+        if shard.get(&inode.ino).is_some_and(|cached| Arc::ptr_eq(cached, inode)) {
+            shard.remove(&inode.ino);
+        }
+    }
+
+    /// The oldest idle inodes beyond the bound.
+    fn idle_victims(&self) -> Vec<Arc<Inode>> {
+        let mut idle = self.idle.lock();
+        let excess = idle.len().saturating_sub(MAX_IDLE).min(64);
+        let numbers: Vec<_> = idle.drain(..excess).collect();
+        drop(idle);
+        numbers.into_iter().filter_map(|ino| self.find(ino)).collect()
+    }
+
+    /// Drops an inode that nobody uses and that has nothing to write; else it stays idle.
+    fn drop_if_idle(&self, inode: &Arc<Inode>) {
+        let mut shard = self.shard(inode.ino).lock();
+        if inode.lookups.load(Ordering::Relaxed) > 0 {
+            return;
+        }
+        // The cache's own and the caller's.
+        let unused = Arc::strong_count(inode) == 2;
+        if unused && !inode.mapping.has_dirty() && !inode.core.lock().lazy_dirty {
+            shard.remove(&inode.ino);
+        } else {
+            drop(shard);
+            self.idle.lock().push_back(inode.ino);
+        }
+    }
+
+    /// Every cached inode.
+    pub fn all(&self) -> Vec<Arc<Inode>> {
+        self.shards.iter().flat_map(|shard| shard.lock().values().cloned().collect::<Vec<_>>()).collect()
     }
 }

@@ -1,0 +1,208 @@
+//! The mounted filesystem: what every other module hangs its methods on.
+//!
+//! Invariants: geometry and features in `sb` are fixed at mount; what changes in the
+//! superblock lives in `live_super`, whose bytes are copied into the superblock's
+//! buffer under a handle at every change.
+//!
+//! Locks: the crate's order is in `lib.rs`; `live_super` is taken after the group
+//! lock and before the superblock's buffer.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+use uext_jbd2::{Handle, Journal};
+use uext_ondisk::superblock::{ErrorRecord, SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, State, Superblock};
+use uext_ondisk::{FsBlock, InodeNumber};
+use uext_pagecache::{Buffer, BufferCache, PageCache};
+use uext_vfs::{Errno, Timestamp};
+
+use crate::balloc::Space;
+use crate::error::{Error, Result};
+use crate::groups::Groups;
+use crate::inode::{Inode, InodeCache};
+use crate::options::{ErrorsPolicy, MountOptions};
+use crate::orphan::OrphanList;
+use crate::system_zone::SystemZone;
+
+/// A mounted filesystem.
+pub struct Ext4 {
+    pub(crate) this: Weak<Ext4>,
+    /// The image's or device's name, for messages.
+    pub(crate) name: String,
+    pub(crate) options: MountOptions,
+    /// The superblock as at mount: geometry and features.
+    pub(crate) sb: Superblock,
+    /// The superblock as it changes.
+    pub(crate) live_super: Mutex<Superblock>,
+    pub(crate) super_buf: Buffer,
+    pub(crate) cache: Arc<PageCache>,
+    pub(crate) buffers: Arc<BufferCache>,
+    pub(crate) journal: Arc<Journal>,
+    pub(crate) groups: Groups,
+    pub(crate) system_zone: SystemZone,
+    pub(crate) space: Mutex<Space>,
+    pub(crate) inodes: InodeCache,
+    pub(crate) orphans: Mutex<OrphanList>,
+    /// Held by a rename between two directories, so that no two change the tree's shape at once.
+    pub(crate) rename: Mutex<()>,
+    /// Nothing is written: asked for at mount, or after an error under `errors=remount-ro`.
+    /// WHY-RELAXED: a hint taken before work starts; the journal's abort state is the guard.
+    pub(crate) read_only: AtomicBool,
+    /// An error was recorded: the image is not marked clean at unmount.
+    pub(crate) had_error: AtomicBool,
+}
+
+impl Ext4 {
+    /// The filesystem's own `Arc`.
+    pub(crate) fn this(&self) -> Result<Arc<Ext4>> {
+        self.this.upgrade().ok_or(Error::Errno(Errno::EIO))
+    }
+
+    /// Bytes per block.
+    pub(crate) fn block_size(&self) -> u32 {
+        self.sb.block_size()
+    }
+
+    /// Whether descriptors carry checksums, and with them the uninit flags their meaning.
+    pub(crate) fn has_group_checksums(&self) -> bool {
+        self.sb.features().group_desc_csum()
+    }
+
+    /// Whether writes are refused.
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.read_only.load(Ordering::Relaxed)
+    }
+
+    /// `EROFS` when writes are refused.
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        if self.is_read_only() { Err(Errno::EROFS.into()) } else { Ok(()) }
+    }
+
+    /// Starts a handle.
+    ///
+    /// # Errors
+    /// `EROFS` on a read-only mount or after an abort.
+    pub(crate) fn start(&self, credits: u32) -> Result<Handle> {
+        self.check_writable()?;
+        Ok(self.journal.start(credits)?)
+    }
+
+    /// The clock, no finer than the inodes can hold.
+    pub(crate) fn now(&self) -> Timestamp {
+        let now = Timestamp::now();
+        if self.sb.inode_size() > 128 { now } else { Timestamp { nsec: 0, ..now } }
+    }
+
+    /// Looks at the superblock as it is now.
+    pub(crate) fn with_super<T>(&self, look: impl FnOnce(&Superblock) -> T) -> T {
+        look(&self.live_super.lock())
+    }
+
+    /// Changes the superblock under a handle.
+    pub(crate) fn update_super(
+        &self,
+        handle: &Handle,
+        change: impl FnOnce(&mut Superblock),
+    ) -> Result<()> {
+        let mut sb = self.live_super.lock();
+        change(&mut sb);
+        let mut bytes = handle.write(&self.super_buf)?;
+        bytes[self.super_range()].copy_from_slice(sb.sealed_bytes());
+        Ok(())
+    }
+
+    /// Changes the superblock and writes it at once, outside the journal: for the flags that say
+    /// whether the journal counts, and for errors.
+    pub(crate) fn write_super(&self, change: impl FnOnce(&mut Superblock)) -> Result<()> {
+        {
+            let mut sb = self.live_super.lock();
+            change(&mut sb);
+            sb.set_write_time(u64::try_from(Timestamp::now().sec).unwrap_or(0));
+            let mut bytes = self.super_buf.write();
+            bytes[self.super_range()].copy_from_slice(sb.sealed_bytes());
+        }
+        self.super_buf.mark_dirty();
+        self.buffers.write_buffers(std::slice::from_ref(&self.super_buf))?;
+        if self.options.barrier {
+            self.buffers.flush_device()?;
+        }
+        Ok(())
+    }
+
+    fn super_range(&self) -> std::ops::Range<usize> {
+        let start = (SUPERBLOCK_OFFSET % u64::from(self.block_size())) as usize;
+        start..start + SUPERBLOCK_SIZE
+    }
+
+    /// Sums the groups' counts into the superblock, as it is when everything is at rest.
+    pub(crate) fn sum_counts(&self, sb: &mut Superblock) -> Result<()> {
+        let (mut blocks, mut inodes) = (0u64, 0u32);
+        for group in self.sb.groups() {
+            let desc = self.desc(group)?;
+            blocks += u64::from(desc.free_blocks);
+            inodes += desc.free_inodes;
+        }
+        sb.set_free_blocks_count(blocks);
+        sb.set_free_inodes_count(inodes);
+        Ok(())
+    }
+
+    /// Logs an error with its place, and does what `errors=` says when the image is damaged.
+    pub(crate) fn report(&self, inode: Option<InodeNumber>, error: &Error) {
+        let place = inode.map(|ino| format!(" inode {ino}:")).unwrap_or_default();
+        match error {
+            Error::Errno(_) => return,
+            Error::Corrupt(_) => log::error!("{}:{place} damaged: {error}", self.name),
+            Error::Blk(_) | Error::Journal(_) => log::error!("{}:{place} {error}", self.name),
+        }
+        let Error::Corrupt(corrupt) = error else { return };
+        if self.is_read_only() {
+            return;
+        }
+        self.had_error.store(true, Ordering::Relaxed);
+        {
+            let mut sb = self.live_super.lock();
+            let state = sb.state() | State::ERROR_FS;
+            sb.set_state(state);
+            sb.record_error(&ErrorRecord {
+                time: u64::try_from(Timestamp::now().sec).unwrap_or(0),
+                code: 0,
+                inode: inode.or(corrupt.inode).map_or(0, |ino| ino.0),
+                block: corrupt.block.map_or(0, |block| block.0),
+                func: String::from(corrupt.what),
+                line: 0,
+            });
+        }
+        match self.errors_policy() {
+            ErrorsPolicy::Continue => {}
+            ErrorsPolicy::RemountRo => {
+                log::error!("{}: remounted read-only (errors=remount-ro)", self.name);
+                self.read_only.store(true, Ordering::Relaxed);
+            }
+            ErrorsPolicy::Panic => {
+                log::error!("{}: stopping (errors=panic)", self.name);
+                std::process::abort();
+            }
+        }
+    }
+
+    fn errors_policy(&self) -> ErrorsPolicy {
+        use uext_ondisk::superblock::ErrorsPolicy as OnDisk;
+        self.options.errors.unwrap_or(match self.sb.errors_policy() {
+            OnDisk::Continue => ErrorsPolicy::Continue,
+            OnDisk::Panic => ErrorsPolicy::Panic,
+            OnDisk::RemountRo => ErrorsPolicy::RemountRo,
+        })
+    }
+
+    /// Where to look for an inode's first blocks: the start of its group, staggered so that
+    /// files of one group do not all start at one place.
+    pub(crate) fn goal_for(&self, inode: &Inode) -> FsBlock {
+        let Some(location) = self.sb.inode_location(inode.ino) else {
+            return self.sb.first_data_block();
+        };
+        // With flex_bg the metadata of a flex group fills the start of its first group.
+        self.sb.group_first_block(location.group)
+    }
+}
