@@ -31,6 +31,7 @@ pub mod orphan_file;
 mod raw_superblock;
 pub mod superblock;
 pub mod units;
+pub mod xattr;
 
 pub use error::{Corrupt, Result};
 pub use units::{FsBlock, GroupNumber, InodeNumber, LogicalBlock};
