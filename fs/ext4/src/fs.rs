@@ -41,6 +41,8 @@ pub struct Ext4 {
     pub(crate) journal: Arc<Journal>,
     pub(crate) groups: Groups,
     pub(crate) system_zone: SystemZone,
+    /// Blocks that are the filesystem's own, the journal's among them.
+    pub(crate) overhead: u64,
     pub(crate) space: Mutex<Space>,
     pub(crate) inodes: InodeCache,
     pub(crate) orphans: Mutex<OrphanList>,

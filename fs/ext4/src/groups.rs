@@ -100,7 +100,8 @@ impl Groups {
         Ok(groups)
     }
 
-    fn checked(&self, sb: &Superblock, group: GroupNumber) -> Result<Desc> {
+    /// A copy of a descriptor that was checked.
+    pub fn checked(&self, sb: &Superblock, group: GroupNumber) -> Result<Desc> {
         let (table, offset) = sb.descriptor_at(group);
         let buf = &self.tables[table as usize];
         let bytes = buf.read();

@@ -36,9 +36,8 @@ struct Member {
 }
 
 impl OrphanList {
-    /// Members in all.
-    pub fn len(&self) -> usize {
-        self.members.len()
+    fn inodes(&self) -> Vec<Arc<Inode>> {
+        self.members.values().map(|member| member.inode.clone()).collect()
     }
 }
 
@@ -86,6 +85,11 @@ impl Ext4 {
         list.members.remove(&inode.ino);
         inode.core.lock().dtime = 0;
         self.mark_inode_dirty(handle, inode)
+    }
+
+    /// Every inode on the list.
+    pub(crate) fn orphan_inodes(&self) -> Vec<Arc<Inode>> {
+        self.orphans.lock().inodes()
     }
 
     /// Works off what a crash left on the list and in the orphan file.

@@ -53,4 +53,8 @@ impl SystemZone {
         let next = self.ranges.partition_point(|&(_, zone_end)| zone_end <= start.0);
         self.ranges.get(next).is_some_and(|&(zone_start, _)| zone_start < end)
     }
+    /// Blocks in all.
+    pub fn blocks(&self) -> u64 {
+        self.ranges.iter().map(|(start, end)| end - start).sum()
+    }
 }

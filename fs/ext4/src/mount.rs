@@ -1,0 +1,311 @@
+//! Mounting and unmounting.
+//!
+//! Order at mount: superblock, gate, journal replay, superblock and gate again
+//! (a replay may change both), groups, journal, and when writing is allowed the
+//! mark that the image is in use, then the orphans. Order at unmount: data, inodes,
+//! journal, superblock; the mark goes last, when everything else is on the disk.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+use uext_blockdev::BlockDevice;
+use uext_blockdev::dm::snapshot::SnapshotDevice;
+use uext_jbd2::{Journal, JournalConfig, JournalLocation, OnDamage, Recovery, RecoveryReport};
+use uext_ondisk::InodeNumber;
+use uext_ondisk::error::CorruptKind;
+use uext_ondisk::features::{Compat, Incompat};
+use uext_ondisk::superblock::{SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, State, Superblock};
+use uext_pagecache::{BufferCache, CacheConfig, PageCache};
+use uext_vfs::Timestamp;
+
+use crate::credits;
+use crate::error::{Error, Result};
+use crate::fs::Ext4;
+use crate::gate::{self, MountError};
+use crate::groups::Groups;
+use crate::inode::InodeCache;
+use crate::journal_inode::journal_map;
+use crate::options::MountOptions;
+use crate::orphan::OrphanList;
+use crate::system_zone::SystemZone;
+
+type Device = Arc<dyn BlockDevice>;
+
+impl Ext4 {
+    /// Mounts the filesystem on a device. `name` is what messages call it.
+    ///
+    /// # Errors
+    /// A refusal, or what is broken, in one line.
+    pub fn mount(
+        dev: Device,
+        name: &str,
+        options: &MountOptions,
+    ) -> std::result::Result<Arc<Self>, MountError> {
+        if options.norecovery && !options.read_only {
+            return Err(MountError::Options("norecovery needs a read-only mount: add `-o ro`"));
+        }
+        let mut options = options.clone();
+        options.read_only |= dev.limits().read_only && !options.rw_explicit;
+        if dev.limits().read_only && !options.read_only {
+            return Err(MountError::ReadOnlyOnly("the device cannot be written".into()));
+        }
+        let sb = read_super(dev.as_ref(), &options)?;
+        let verdict = gate::check(&sb, &options)?;
+        let dev = recover(dev, name, &sb, &options, verdict.read_only)?;
+        let sb = read_super(dev.as_ref(), &options)?;
+        let verdict = gate::check(&sb, &options)?;
+        if let Some(reason) = &verdict.reason {
+            log::warn!("{name}: mounted read-only: {reason}");
+        }
+        let fs = Self::assemble(dev, name, sb, options, verdict.read_only)?;
+        let root = fs.iget(InodeNumber::ROOT)?;
+        if !root.is_dir() {
+            let corrupt = uext_ondisk::Corrupt::value("root inode", "is not a directory");
+            return Err(Error::from(corrupt).into());
+        }
+        fs.inodes.count_lookup(&root);
+        if !fs.is_read_only() {
+            fs.mark_mounted()?;
+            fs.clean_orphans()?;
+        }
+        Ok(fs)
+    }
+
+    fn assemble(
+        dev: Device,
+        name: &str,
+        sb: Superblock,
+        options: MountOptions,
+        read_only: bool,
+    ) -> Result<Arc<Self>> {
+        let mut config = CacheConfig::default();
+        if let Some(bytes) = options.cache_bytes {
+            config.limit_bytes = bytes;
+        }
+        let cache = PageCache::new(config);
+        let buffers = BufferCache::new(&cache, dev.clone(), sb.block_size());
+        let groups = Groups::load(&sb, &buffers)?;
+        let system_zone = SystemZone::new(&sb, sb.groups().map(|g| groups.checked(&sb, g)))?;
+        let mut overhead = sb.first_data_block().0 + system_zone.blocks();
+        if let Some(ino) = sb.journal_inum() {
+            let map = journal_map(dev.as_ref(), &sb, ino)?;
+            overhead += u64::from(map.block_count());
+        }
+        let journal = if sb.features().has_journal() && !read_only {
+            let ino = sb.journal_inum().unwrap_or(InodeNumber::JOURNAL);
+            let map = journal_map(dev.as_ref(), &sb, ino)?;
+            let config = JournalConfig {
+                commit_interval: options.commit_interval,
+                barrier: options.barrier,
+                checksum_v3: sb.features().metadata_csum(),
+                wide: sb.features().bit64(),
+                ..JournalConfig::default()
+            };
+            Journal::open(dev.clone(), map, buffers.clone(), config)?
+        } else {
+            Journal::none(buffers.clone())
+        };
+        let super_buf = buffers.bread(sb.super_block().0)?;
+        let space = Self::initial_space(&groups);
+        let fs = Arc::new_cyclic(|this| Self {
+            this: this.clone(),
+            name: name.to_owned(),
+            options,
+            live_super: Mutex::new(sb.clone()),
+            sb,
+            super_buf,
+            cache,
+            buffers,
+            journal,
+            groups,
+            system_zone,
+            overhead,
+            space,
+            inodes: InodeCache::new(),
+            orphans: Mutex::new(OrphanList::default()),
+            rename: Mutex::new(()),
+            read_only: AtomicBool::new(read_only),
+            had_error: AtomicBool::new(false),
+        });
+        let weak = Arc::downgrade(&fs);
+        fs.journal.on_commit(Box::new(move |tid| {
+            if let Some(fs) = weak.upgrade() {
+                fs.release_freed(tid);
+            }
+        }));
+        Ok(fs)
+    }
+
+    /// Writes into the superblock that the image is in use: with a journal that it needs
+    /// recovery, without one that it is not clean.
+    fn mark_mounted(&self) -> Result<()> {
+        self.write_super(|sb| {
+            if self.journal.has_journal() {
+                sb.set_needs_recovery(true);
+            } else {
+                let state = sb.state() - State::VALID_FS;
+                sb.set_state(state);
+            }
+            sb.set_mount_time(u64::try_from(Timestamp::now().sec).unwrap_or(0));
+            sb.set_mount_count(sb.mount_count().saturating_add(1));
+        })
+    }
+
+    /// Writes all data, inodes and metadata; everything before is durable when it returns.
+    pub(crate) fn sync_all(&self) -> Result<()> {
+        if self.is_read_only() {
+            return Ok(());
+        }
+        let mut first_error = None;
+        for inode in self.inodes.all() {
+            let written = self.flush_data(&inode).and_then(|()| self.write_lazy(&inode));
+            if let Err(error) = written {
+                self.report(Some(inode.ino), &error);
+                first_error.get_or_insert(error);
+            }
+        }
+        if self.journal.has_journal() {
+            self.journal.commit_all()?;
+        } else {
+            self.buffers.write_dirty()?;
+        }
+        if self.options.barrier {
+            self.buffers.flush_device()?;
+        }
+        first_error.map_or(Ok(()), Err)
+    }
+
+    /// Deletes what is open without a name: nobody can use it after the unmount.
+    fn delete_unlinked(&self) {
+        for inode in self.orphan_inodes() {
+            if inode.core.lock().nlink == 0
+                && let Err(error) = self.delete_inode(&inode)
+            {
+                self.report(Some(inode.ino), &error);
+            }
+        }
+    }
+
+    /// Unmounts: everything to the disk, the journal empty, the superblock clean.
+    pub(crate) fn unmount_all(&self) -> Result<()> {
+        if self.is_read_only() && self.journal.aborted().is_none() && !self.had_error() {
+            return Ok(());
+        }
+        self.delete_unlinked();
+        let synced = self.sync_all();
+        self.journal.close()?;
+        self.buffers.write_dirty()?;
+        self.buffers.flush_device()?;
+        let clean = synced.is_ok();
+        let mut counted = Ok(());
+        self.write_super(|sb| {
+            counted = self.sum_counts(sb);
+            if clean {
+                sb.set_needs_recovery(false);
+                if !self.had_error() && !self.sb.state().contains(State::ERROR_FS) {
+                    // Without a journal an image that was not clean at mount (`force`) stays so.
+                    let was_valid = self.sb.state() & State::VALID_FS;
+                    let state = sb.state() | was_valid;
+                    sb.set_state(state);
+                }
+            }
+        })?;
+        counted.and(synced)
+    }
+
+    fn had_error(&self) -> bool {
+        self.had_error.load(Ordering::Relaxed)
+    }
+}
+
+/// Reads and checks the superblock.
+fn read_super(
+    dev: &dyn BlockDevice,
+    options: &MountOptions,
+) -> std::result::Result<Superblock, MountError> {
+    let offset = options.sb_block.map_or(Some(SUPERBLOCK_OFFSET), |kib| kib.checked_mul(1024));
+    let bytes = offset
+        .and_then(|offset| dev.read_at(offset, SUPERBLOCK_SIZE).ok())
+        .ok_or(MountError::Truncated { have: dev.size(), need: SUPERBLOCK_OFFSET + 1024 })?;
+    let sb = Superblock::parse(&bytes).map_err(|corrupt| match corrupt.kind {
+        CorruptKind::Magic => MountError::NoSuperblock(corrupt),
+        _ => MountError::BadSuperblock(corrupt),
+    })?;
+    let need = sb.blocks_count().saturating_mul(u64::from(sb.block_size()));
+    if need > dev.size() {
+        return Err(MountError::Truncated { have: dev.size(), need });
+    }
+    Ok(sb)
+}
+
+/// Replays the journal when the superblock says so: onto the device, or on a read-only mount
+/// into memory, so that the image stays as it is.
+fn recover(
+    dev: Device,
+    name: &str,
+    sb: &Superblock,
+    options: &MountOptions,
+    read_only: bool,
+) -> std::result::Result<Device, MountError> {
+    let features = sb.features();
+    if !features.compat.contains(Compat::HAS_JOURNAL) {
+        return Ok(dev);
+    }
+    let Some(ino) = sb.journal_inum() else {
+        return Err(MountError::Unsupported {
+            features: "external journal".into(),
+            advice: "mount it with the kernel's ext4",
+        });
+    };
+    if !features.incompat.contains(Incompat::RECOVER) {
+        return Ok(dev);
+    }
+    if options.norecovery {
+        log::warn!("{name}: journal not replayed (norecovery): what you see may be inconsistent");
+        return Ok(dev);
+    }
+    let map = journal_map(dev.as_ref(), sb, ino)?;
+    let target: Device = if read_only { SnapshotDevice::over(dev.clone()) } else { dev };
+    let report = {
+        let journal = JournalLocation {
+            device: target.as_ref(),
+            map: &map,
+            block_size: sb.block_size(),
+        };
+        Recovery::open(journal, target.as_ref())?.replay(OnDamage::Keep)?
+    };
+    after_replay(target.as_ref(), name, options, &report)?;
+    Ok(target)
+}
+
+/// Clears the superblock's mark: the journal is empty now. What the replay wrote stays.
+fn after_replay(
+    dev: &dyn BlockDevice,
+    name: &str,
+    options: &MountOptions,
+    report: &RecoveryReport,
+) -> std::result::Result<(), MountError> {
+    log::info!(
+        "{name}: journal replayed: {} transactions, {} blocks",
+        report.transactions,
+        report.blocks_replayed
+    );
+    let mut sb = read_super(dev, options)?;
+    sb.set_needs_recovery(false);
+    if report.errno != 0 {
+        // The journal was aborted: the kernel's ext4 and fsck both keep this as an error.
+        let state = sb.state() | State::ERROR_FS;
+        sb.set_state(state);
+    }
+    let flags = uext_blockdev::BioFlags::FUA | uext_blockdev::BioFlags::META;
+    dev.write_at(SUPERBLOCK_OFFSET, sb.sealed_bytes(), flags).map_err(Error::from)?;
+    Ok(())
+}
+
+impl Ext4 {
+    /// Credits a handle may ask for, so that large operations can size their steps.
+    pub(crate) fn max_credits(&self) -> u32 {
+        self.journal.max_credits().max(credits::CREATE)
+    }
+}

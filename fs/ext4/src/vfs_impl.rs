@@ -1,0 +1,333 @@
+//! The filesystem as a front end sees it: locks are taken below, errors become
+//! errno here, and are logged when a number cannot say what they are.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use uext_jbd2::Handle;
+use uext_ondisk::InodeNumber;
+use uext_vfs::{
+    Attr, Context, DirSink, Entry, Errno, FileHandle, FileKind, FileSystem, Ino, OpenReply,
+    ReadReply, RenameFlags, SetAttr, SetTime, StatFs, WriteFlags, XattrFlags,
+};
+
+use crate::credits;
+use crate::error::{Error, Result};
+use crate::fs::Ext4;
+use crate::inode::Inode;
+
+const S_ISUID: u16 = 0o4000;
+const S_ISGID: u16 = 0o2000;
+const S_IXGRP: u16 = 0o0010;
+
+impl Ext4 {
+    fn inode(&self, ino: Ino) -> Result<Arc<Inode>> {
+        let ino = u32::try_from(ino).map_err(|_| Error::Errno(Errno::ESTALE))?;
+        self.iget(InodeNumber(ino))
+    }
+
+    /// Counts the lookup of an answer.
+    fn entry(&self, inode: &Arc<Inode>) -> Entry {
+        self.inodes.count_lookup(inode);
+        Entry { attr: inode.attr(self.block_size()), generation: inode.generation }
+    }
+
+    /// The edge: logs what errno cannot say.
+    fn edge<T>(&self, ino: Ino, result: Result<T>) -> uext_vfs::Result<T> {
+        result.map_err(|error| {
+            self.report(u32::try_from(ino).ok().map(InodeNumber), &error);
+            error.errno()
+        })
+    }
+
+    /// Deletes an inode whose last name went while no front end knew it.
+    fn release_unlinked(&self, victim: Option<Arc<Inode>>) -> Result<()> {
+        match victim {
+            Some(inode)
+                if inode.core.lock().nlink == 0
+                    && inode.lookups.load(Ordering::Relaxed) == 0 =>
+            {
+                self.delete_inode(&inode)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Applies what setattr(2) changes except the size.
+    fn set_attributes(&self, handle: &Handle, inode: &Arc<Inode>, set: &SetAttr) -> Result<()> {
+        let now = self.now();
+        let time = |time: SetTime| match time {
+            SetTime::Now => now,
+            SetTime::At(at) => at,
+        };
+        {
+            let mut core = inode.core.lock();
+            if let Some(mode) = set.mode {
+                core.mode = (core.mode & 0o170_000) | (mode as u16 & 0o7777);
+            }
+            if let Some(uid) = set.uid {
+                core.uid = uid;
+            }
+            if let Some(gid) = set.gid {
+                core.gid = gid;
+            }
+            if set.kill_suidgid && inode.kind != FileKind::Directory {
+                core.mode &= !S_ISUID;
+                if core.mode & S_IXGRP != 0 {
+                    core.mode &= !S_ISGID;
+                }
+            }
+            if let Some(atime) = set.atime {
+                core.atime = time(atime);
+            }
+            if let Some(mtime) = set.mtime {
+                core.mtime = time(mtime);
+            }
+            core.ctime = set.ctime.unwrap_or(now);
+        }
+        if set.mode.is_some() {
+            self.chmod_acl(handle, inode)?;
+        }
+        self.mark_inode_dirty(handle, inode)
+    }
+
+    fn set_attr(&self, ino: Ino, set: &SetAttr) -> Result<Attr> {
+        let inode = self.inode(ino)?;
+        self.check_writable()?;
+        let _exclusive = inode.rwsem.write();
+        if let Some(size) = set.size {
+            match inode.kind {
+                FileKind::Regular => self.truncate(&inode, size)?,
+                FileKind::Directory => return Err(Errno::EISDIR.into()),
+                _ => return Err(Errno::EINVAL.into()),
+            }
+        }
+        let others = SetAttr { size: None, fh: None, ..*set };
+        let only_size = set.size.is_some()
+            && others.mode.is_none()
+            && others.uid.is_none()
+            && others.gid.is_none()
+            && others.atime.is_none()
+            && others.mtime.is_none()
+            && !others.kill_suidgid;
+        if !only_size {
+            let handle = self.start(credits::SETATTR + credits::XATTR)?;
+            self.set_attributes(&handle, &inode, &others)?;
+        }
+        Ok(inode.attr(self.block_size()))
+    }
+
+    fn stat_fs(&self) -> StatFs {
+        let (free, reserved, pending) = {
+            let space = self.space.lock();
+            (space.free, space.reserved, space.pending)
+        };
+        let bfree = (free + pending).saturating_sub(reserved);
+        let ffree: u64 =
+            self.groups.list.iter().map(|g| u64::from(g.state.lock().free_inodes)).sum();
+        StatFs {
+            bsize: self.block_size(),
+            blocks: self.sb.blocks_count().saturating_sub(self.overhead),
+            bfree,
+            bavail: bfree.saturating_sub(self.root_reserve()),
+            files: u64::from(self.sb.inodes_count()),
+            ffree,
+            namelen: 255,
+        }
+    }
+}
+
+impl FileSystem for Ext4 {
+    fn root(&self) -> Ino {
+        Ino::from(InodeNumber::ROOT.0)
+    }
+
+    fn lookup(&self, ctx: &Context, parent: Ino, name: &[u8]) -> uext_vfs::Result<Entry> {
+        let found = self.inode(parent).and_then(|dir| self.lookup_name(ctx, &dir, name));
+        self.edge(parent, found).map(|inode| self.entry(&inode))
+    }
+
+    fn iget(&self, _ctx: &Context, ino: Ino) -> uext_vfs::Result<Entry> {
+        match self.inode(ino) {
+            Ok(inode) if inode.core.lock().nlink > 0 || inode.lookups.load(Ordering::Relaxed) > 0 => {
+                Ok(self.entry(&inode))
+            }
+            _ => Err(Errno::ESTALE),
+        }
+    }
+
+    fn forget(&self, ino: Ino, count: u64) {
+        if let Ok(ino) = u32::try_from(ino) {
+            self.forget_inode(InodeNumber(ino), count);
+        }
+    }
+
+    fn getattr(&self, _ctx: &Context, ino: Ino) -> uext_vfs::Result<Attr> {
+        self.edge(ino, self.inode(ino)).map(|inode| inode.attr(self.block_size()))
+    }
+
+    fn setattr(&self, _ctx: &Context, ino: Ino, set: &SetAttr) -> uext_vfs::Result<Attr> {
+        self.edge(ino, self.set_attr(ino, set))
+    }
+
+    fn readlink(&self, _ctx: &Context, ino: Ino) -> uext_vfs::Result<Vec<u8>> {
+        self.edge(ino, self.inode(ino).and_then(|inode| self.read_link(&inode)))
+    }
+
+    fn mknod(
+        &self,
+        ctx: &Context,
+        parent: Ino,
+        name: &[u8],
+        mode: u32,
+        rdev: u32,
+    ) -> uext_vfs::Result<Entry> {
+        let made = self.inode(parent).and_then(|dir| self.make_node(ctx, &dir, name, mode, rdev));
+        self.edge(parent, made).map(|inode| self.entry(&inode))
+    }
+
+    fn mkdir(&self, ctx: &Context, parent: Ino, name: &[u8], mode: u32) -> uext_vfs::Result<Entry> {
+        let made = self.inode(parent).and_then(|dir| self.make_dir(ctx, &dir, name, mode));
+        self.edge(parent, made).map(|inode| self.entry(&inode))
+    }
+
+    fn symlink(
+        &self,
+        ctx: &Context,
+        parent: Ino,
+        name: &[u8],
+        target: &[u8],
+    ) -> uext_vfs::Result<Entry> {
+        let made = self.inode(parent).and_then(|dir| self.make_symlink(ctx, &dir, name, target));
+        self.edge(parent, made).map(|inode| self.entry(&inode))
+    }
+
+    fn link(&self, ctx: &Context, ino: Ino, parent: Ino, name: &[u8]) -> uext_vfs::Result<Entry> {
+        let made = self.inode(ino).and_then(|inode| {
+            let dir = self.inode(parent)?;
+            self.make_link(ctx, &inode, &dir, name)?;
+            Ok(inode)
+        });
+        self.edge(parent, made).map(|inode| self.entry(&inode))
+    }
+
+    fn unlink(&self, ctx: &Context, parent: Ino, name: &[u8]) -> uext_vfs::Result<()> {
+        let gone = self.inode(parent).and_then(|dir| self.unlink_name(ctx, &dir, name));
+        self.edge(parent, gone.and_then(|inode| self.release_unlinked(Some(inode))))
+    }
+
+    fn rmdir(&self, ctx: &Context, parent: Ino, name: &[u8]) -> uext_vfs::Result<()> {
+        let gone = self.inode(parent).and_then(|dir| self.remove_dir(ctx, &dir, name));
+        self.edge(parent, gone.and_then(|inode| self.release_unlinked(Some(inode))))
+    }
+
+    fn rename(
+        &self,
+        ctx: &Context,
+        from: (Ino, &[u8]),
+        to: (Ino, &[u8]),
+        flags: RenameFlags,
+    ) -> uext_vfs::Result<()> {
+        let replaced = self.inode(from.0).and_then(|old_dir| {
+            let new_dir = self.inode(to.0)?;
+            self.rename_names(ctx, (&old_dir, from.1), (&new_dir, to.1), flags)
+        });
+        self.edge(from.0, replaced.and_then(|inode| self.release_unlinked(inode)))
+    }
+
+    fn read(
+        &self,
+        _ctx: &Context,
+        ino: Ino,
+        _fh: FileHandle,
+        offset: u64,
+        len: usize,
+        reply: &mut ReadReply,
+    ) -> uext_vfs::Result<()> {
+        let done = self.inode(ino).and_then(|inode| self.file_read(&inode, offset, len, reply));
+        self.edge(ino, done)
+    }
+
+    fn write(
+        &self,
+        ctx: &Context,
+        ino: Ino,
+        _fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        flags: WriteFlags,
+    ) -> uext_vfs::Result<usize> {
+        let done =
+            self.inode(ino).and_then(|inode| self.file_write(ctx, &inode, offset, data, flags));
+        self.edge(ino, done)
+    }
+
+    fn fsync(
+        &self,
+        _ctx: &Context,
+        ino: Ino,
+        _fh: FileHandle,
+        datasync: bool,
+    ) -> uext_vfs::Result<()> {
+        let done = self.inode(ino).and_then(|inode| self.sync_inode(&inode, datasync));
+        self.edge(ino, done)
+    }
+
+    fn opendir(&self, _ctx: &Context, _ino: Ino) -> uext_vfs::Result<OpenReply> {
+        Ok(OpenReply { cache_dir: true, keep_cache: true, ..OpenReply::default() })
+    }
+
+    fn readdir(
+        &self,
+        _ctx: &Context,
+        ino: Ino,
+        _fh: FileHandle,
+        offset: u64,
+        sink: &mut dyn DirSink,
+    ) -> uext_vfs::Result<()> {
+        let done = self.inode(ino).and_then(|dir| self.read_dir(&dir, offset, sink));
+        self.edge(ino, done)
+    }
+
+    fn statfs(&self, _ctx: &Context) -> uext_vfs::Result<StatFs> {
+        Ok(self.stat_fs())
+    }
+
+    fn getxattr(&self, ctx: &Context, ino: Ino, name: &[u8]) -> uext_vfs::Result<Vec<u8>> {
+        let value = self.inode(ino).and_then(|inode| self.get_xattr(ctx, &inode, name));
+        self.edge(ino, value)
+    }
+
+    fn listxattr(&self, ctx: &Context, ino: Ino) -> uext_vfs::Result<Vec<u8>> {
+        self.edge(ino, self.inode(ino).and_then(|inode| self.list_xattr(ctx, &inode)))
+    }
+
+    fn setxattr(
+        &self,
+        ctx: &Context,
+        ino: Ino,
+        name: &[u8],
+        value: &[u8],
+        flags: XattrFlags,
+    ) -> uext_vfs::Result<()> {
+        let done =
+            self.inode(ino).and_then(|inode| self.set_xattr(ctx, &inode, name, value, flags));
+        self.edge(ino, done)
+    }
+
+    fn removexattr(&self, ctx: &Context, ino: Ino, name: &[u8]) -> uext_vfs::Result<()> {
+        self.edge(ino, self.inode(ino).and_then(|inode| self.remove_xattr(ctx, &inode, name)))
+    }
+
+    fn lseek(&self, _ctx: &Context, ino: Ino, offset: u64, whence: i32) -> uext_vfs::Result<u64> {
+        self.edge(ino, self.inode(ino).and_then(|inode| self.seek(&inode, offset, whence)))
+    }
+
+    fn sync(&self) -> uext_vfs::Result<()> {
+        self.edge(self.root(), self.sync_all())
+    }
+
+    fn unmount(&self) -> uext_vfs::Result<()> {
+        self.edge(self.root(), self.unmount_all())
+    }
+}
