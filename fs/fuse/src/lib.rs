@@ -1,1 +1,29 @@
-//! The FUSE front: requests from /dev/fuse to a filesystem
+//! The FUSE front: requests from `/dev/fuse` to a filesystem.
+//!
+//! `Pending` and [`Session`] mount and serve as root; [`fuser_front`] does it through
+//! fusermount3 for everybody else. Transports ([`devfuse`]) hand requests to the one
+//! [`Dispatcher`], which knows only the `uext_vfs` traits.
+//!
+//! Locks, outermost first: the dispatcher's unmount result, the session's list of
+//! workers. The first is held while the filesystem unmounts, neither for any other
+//! call of it.
+
+pub mod abi;
+mod devfuse;
+pub mod dispatch;
+//pub mod fuser_front;
+pub mod mount_table;
+pub mod notify;
+pub mod null;
+pub mod reply;
+pub mod session;
+mod sys;
+
+pub use dispatch::{Dispatcher, Request};
+pub use notify::Notifier;
+pub use reply::{Answer, ReplyBuf};
+pub use session::{Config, Pending, Session, SessionError, Source, Stopper};
+pub use sys::MountAttr;
+
+/// The page the protocol counts in.
+pub(crate) const PAGE_SIZE: usize = 4096;

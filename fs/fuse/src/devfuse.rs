@@ -1,0 +1,215 @@
+//! The `/dev/fuse` transport: each worker thread reads a request, serves it and
+//! writes the reply, on a descriptor of its own.
+//!
+//! A request is read to just before a page boundary, so that the data of a `WRITE`
+//! begins on a page and can go to the disk as it lies. A reply to `READ` is
+//! gathered from where the data is.
+
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::errno::Errno as Nix;
+use nix::sys::uio::writev;
+use uext_vfs::{Errno, ReadReply, ReadSegment};
+use zerocopy::IntoBytes;
+
+use crate::PAGE_SIZE;
+use crate::abi::{self, InHeader, Opcode, OutHeader};
+use crate::dispatch::{Dispatcher, Request};
+use crate::reply::{Answer, ReplyBuf};
+
+/// Header and arguments of a `WRITE`: what stands before its data.
+const WRITE_PREFIX: usize = size_of::<InHeader>() + size_of::<abi::WriteIn>();
+/// Most pieces one `writev` takes.
+const IOV_MAX: usize = 1024;
+/// What holes are sent from.
+static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+
+/// Memory of one worker: where requests are read to and replies built.
+struct Buffers {
+    request: Vec<u8>,
+    start: usize,
+    reply: Vec<u8>,
+}
+
+impl Buffers {
+    fn new(max_write: usize) -> Self {
+        let len = (WRITE_PREFIX + max_write).max(abi::MIN_READ_BUFFER);
+        // Zeroed in bulk, so pages come when they are first touched.
+        let request = vec![0; len + 2 * PAGE_SIZE];
+        let page = request.as_ptr().align_offset(PAGE_SIZE);
+        let start = page + PAGE_SIZE - WRITE_PREFIX;
+        Self { request, start, reply: vec![0; max_write + PAGE_SIZE] }
+    }
+
+    fn request_mut(&mut self, max_write: usize) -> &mut [u8] {
+        let len = (WRITE_PREFIX + max_write).max(abi::MIN_READ_BUFFER);
+        &mut self.request[self.start..self.start + len]
+    }
+}
+
+/// Answers requests up to and with `INIT`.
+pub(crate) fn handshake(device: &File, dispatcher: &Dispatcher, max_write: usize) -> io::Result<()> {
+    let mut buffers = Buffers::new(max_write);
+    loop {
+        let len = match nix::unistd::read(device, buffers.request_mut(max_write)) {
+            Ok(len) => len,
+            Err(Nix::EINTR | Nix::ENOENT | Nix::EAGAIN) => continue,
+            Err(errno) => return Err(errno.into()),
+        };
+        let request = &buffers.request[buffers.start..buffers.start + len];
+        let request = Request::parse(request).map_err(|_| io::Error::other("malformed INIT"))?;
+        let mut out = ReplyBuf::new(&mut buffers.reply);
+        let answer = dispatcher.dispatch(&request, &mut out);
+        let refused = match &answer {
+            Answer::Status(Err(errno)) => Some(*errno),
+            _ => None,
+        };
+        send(device, request.header.unique, &answer, out.filled())?;
+        if request.header.opcode == Opcode::Init as u32 {
+            // A kernel with a newer major version sends a second INIT to whoever reads next.
+            return refused.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno.0)));
+        }
+    }
+}
+
+/// Serves requests until the connection ends or `stop` is set. `waiting` says
+/// whether the thread waits for a request, so that a signal interrupts nothing else.
+///
+/// # Errors
+/// Those of the device that do not mean that the filesystem was unmounted.
+pub(crate) fn serve(
+    device: &File,
+    dispatcher: &Dispatcher,
+    stop: &AtomicBool,
+    waiting: &AtomicBool,
+    max_write: usize,
+) -> io::Result<()> {
+    let mut buffers = Buffers::new(max_write);
+    loop {
+        waiting.store(true, Ordering::SeqCst); // PAIRS-WITH: session::Control::kick
+        if stop.load(Ordering::SeqCst) {
+            waiting.store(false, Ordering::SeqCst);
+            return Ok(());
+        }
+        let result = nix::unistd::read(device, buffers.request_mut(max_write));
+        waiting.store(false, Ordering::SeqCst);
+        let len = match result {
+            Ok(len) => len,
+            // ENOENT: the request was taken back between the wake-up and the read.
+            Err(Nix::EINTR | Nix::ENOENT | Nix::EAGAIN) => continue,
+            Err(Nix::ENODEV | Nix::ECONNABORTED) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
+        };
+        match serve_one(device, dispatcher, &mut buffers, len) {
+            Ok(()) => {}
+            // The connection is gone, and with it who asked; so nobody counts lookups.
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(()),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            // The kernel has ended the request with EIO; it is our reply that was wrong.
+            Err(error) => log::error!("a reply was refused: {error}"),
+        }
+    }
+}
+
+fn serve_one(
+    device: &File,
+    dispatcher: &Dispatcher,
+    buffers: &mut Buffers,
+    len: usize,
+) -> io::Result<()> {
+    let message = &buffers.request[buffers.start..buffers.start + len];
+    let mut out = ReplyBuf::new(&mut buffers.reply);
+    match Request::parse(message) {
+        Ok(request) => {
+            let answer = dispatcher.dispatch(&request, &mut out);
+            send(device, request.header.unique, &answer, out.filled())
+        }
+        Err(header) => {
+            log::error!("malformed request of {len} bytes: {header:?}");
+            let Some(header) = header else { return Ok(()) };
+            send(device, header.unique, &Answer::Status(Err(Errno::EINVAL)), &[])
+        }
+    }
+}
+
+fn send(device: &File, unique: u64, answer: &Answer, out: &[u8]) -> io::Result<()> {
+    match answer {
+        Answer::None => Ok(()),
+        Answer::Status(Ok(())) => write_reply(device, unique, 0, &[]),
+        Answer::Status(Err(errno)) => write_reply(device, unique, -errno.0, &[]),
+        Answer::Buffer => write_reply(device, unique, 0, &[IoSlice::new(out)]),
+        Answer::Read(data) => {
+            let mut slices = Vec::with_capacity(data.segments().len());
+            gather(data, &mut slices);
+            if slices.len() < IOV_MAX {
+                return write_reply(device, unique, 0, &slices);
+            }
+            // So many small pieces are quicker copied than listed, even if they could be.
+            write_reply(device, unique, 0, &[IoSlice::new(&data.to_vec())])
+        }
+    }
+}
+
+/// The pieces of read data, holes from the zero page.
+fn gather<'a>(data: &'a ReadReply, slices: &mut Vec<IoSlice<'a>>) {
+    for segment in data.segments() {
+        match segment {
+            ReadSegment::Folio(folio, range) => slices.push(IoSlice::new(&folio[range.clone()])),
+            ReadSegment::Bytes(bytes) => slices.push(IoSlice::new(bytes)),
+            ReadSegment::Zeroes(len) => {
+                let mut left = *len;
+                while left > 0 {
+                    let piece = left.min(ZEROES.len());
+                    slices.push(IoSlice::new(&ZEROES[..piece]));
+                    left -= piece;
+                }
+            }
+        }
+    }
+}
+
+fn write_reply(device: &File, unique: u64, error: i32, data: &[IoSlice<'_>]) -> io::Result<()> {
+    let len = size_of::<OutHeader>() + data.iter().map(|slice| slice.len()).sum::<usize>();
+    let len = u32::try_from(len).map_err(io::Error::other)?;
+    let header = OutHeader { len, error, unique };
+    let header = IoSlice::new(header.as_bytes());
+    // The usual reply is one piece; only gathered reads need the heap.
+    let result = match data {
+        [] => writev(device.as_fd(), &[header]),
+        [one] => writev(device.as_fd(), &[header, IoSlice::new(one)]),
+        many => {
+            let mut all = Vec::with_capacity(many.len() + 1);
+            all.push(header);
+            all.extend(many.iter().map(|slice| IoSlice::new(slice)));
+            writev(device.as_fd(), &all)
+        }
+    };
+    result.map(drop).map_err(io::Error::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn data_of_a_write_begins_on_a_page() {
+        let mut buffers = Buffers::new(1 << 20);
+        let request = buffers.request_mut(1 << 20);
+        assert_eq!(request.as_ptr().addr() % PAGE_SIZE, PAGE_SIZE - WRITE_PREFIX);
+        assert_eq!(request.len(), WRITE_PREFIX + (1 << 20));
+    }
+
+    #[test]
+    fn holes_are_gathered_without_memory_of_their_own() {
+        let mut data = ReadReply::new();
+        data.push(ReadSegment::Bytes(vec![7; 3]));
+        data.push(ReadSegment::Zeroes(ZEROES.len() + 5));
+        let mut slices = Vec::new();
+        gather(&data, &mut slices);
+        let lens: Vec<usize> = slices.iter().map(|slice| slice.len()).collect();
+        assert_eq!(lens, [3, ZEROES.len(), 5]);
+    }
+}

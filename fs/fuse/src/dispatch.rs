@@ -1,0 +1,681 @@
+//! From a request to the filesystem and back: the one boundary behind which all
+//! transports stand.
+//!
+//! A transport hands in a [`Request`] (header, arguments, payload) and a
+//! [`ReplyBuf`], and sends the [`Answer`]. Lengths are checked here, once: a
+//! request too short for its structure, or with names that do not end, is
+//! `EINVAL`. Locks: only that of the unmount's result, held while the filesystem
+//! unmounts so that a second caller waits for the first.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use uext_vfs::{
+    Capabilities, Context, Entry, Errno, FileHandle, FileSystem, Ino, Ioctl, OpenReply, ReadReply,
+    RenameFlags, Result, SetAttr, SetTime, Timestamp, WriteFlags, XattrFlags,
+};
+use zerocopy::{FromBytes, Immutable, KnownLayout};
+
+use crate::abi::{self, Fattr, Fopen, InHeader, InitFlags, Opcode, WriteInFlags};
+use crate::reply::{self, Answer, Listing, ReplyBuf, Timeouts};
+use crate::session::Config;
+
+/// Longest name of a file.
+const NAME_MAX: usize = 255;
+/// Longest target of a symbolic link, without its NUL.
+const SYMLINK_MAX: usize = 4095;
+/// Longest name of an extended attribute.
+const XATTR_NAME_MAX: usize = 255;
+
+/// A request, cut at its boundaries.
+pub struct Request<'a> {
+    /// What is asked, of which node, by whom.
+    pub header: InHeader,
+    /// The structure that the opcode fixes.
+    pub args: &'a [u8],
+    /// Names or data.
+    pub payload: &'a [u8],
+}
+
+impl<'a> Request<'a> {
+    /// Cuts a message as `/dev/fuse` gives it. `Err` has the header where there was
+    /// one, so that an answer is possible.
+    ///
+    /// # Errors
+    /// A message shorter than it says, or than its opcode needs.
+    pub fn parse(message: &'a [u8]) -> std::result::Result<Self, Option<InHeader>> {
+        let (header, rest) = InHeader::read_from_prefix(message).map_err(|_| None)?;
+        let extensions = usize::from(header.total_extlen) * 8;
+        let body = rest
+            .len()
+            .checked_sub(extensions)
+            .filter(|_| usize::try_from(header.len) == Ok(message.len()))
+            .ok_or(Some(header))?;
+        let args_len = Opcode::from_wire(header.opcode).map_or(0, Opcode::args_len);
+        let (args, payload) = rest[..body].split_at_checked(args_len).ok_or(Some(header))?;
+        Ok(Self { header, args, payload })
+    }
+
+    fn args<T: FromBytes + KnownLayout + Immutable>(&self) -> Result<T> {
+        T::read_from_prefix(self.args).map(|(args, _)| args).map_err(|_| Errno::EINVAL)
+    }
+
+    fn context(&self) -> Context {
+        Context { uid: self.header.uid, gid: self.header.gid, pid: self.header.pid, umask: 0 }
+    }
+}
+
+/// Serves requests of one mount.
+pub struct Dispatcher {
+    fs: Arc<dyn FileSystem>,
+    root: Ino,
+    capabilities: Capabilities,
+    timeouts: Timeouts,
+    config: Config,
+    /// Set once nothing may reach the filesystem any more.
+    gone: AtomicBool,
+    /// [itself] How the unmount went, once it was tried.
+    unmounted: Mutex<Option<Result<()>>>,
+}
+
+impl Dispatcher {
+    /// For one mount of `fs`.
+    pub fn new(fs: Arc<dyn FileSystem>, config: &Config) -> Self {
+        let timeouts = Timeouts {
+            entry: config.entry_timeout,
+            attr: config.attr_timeout,
+            negative: config.negative_timeout,
+        };
+        Self {
+            root: fs.root(),
+            capabilities: fs.capabilities(),
+            fs,
+            timeouts,
+            config: config.clone(),
+            gone: AtomicBool::new(false),
+            unmounted: Mutex::new(None),
+        }
+    }
+
+    /// Unmounts the filesystem, once, whoever comes first: the kernel's `DESTROY` or
+    /// the end of the session. Every caller gets the same result.
+    ///
+    /// # Errors
+    /// The filesystem's: the image may not be clean.
+    pub fn unmount(&self) -> Result<()> {
+        let mut result = self.unmounted.lock();
+        *result.get_or_insert_with(|| {
+            self.gone.store(true, Ordering::Release); // PAIRS-WITH: dispatch
+            self.fs.unmount()
+        })
+    }
+
+    /// Whether the filesystem was unmounted, whatever the outcome.
+    pub fn is_unmounted(&self) -> bool {
+        self.unmounted.lock().is_some()
+    }
+
+    /// Serves one request.
+    pub fn dispatch(&self, req: &Request<'_>, out: &mut ReplyBuf<'_>) -> Answer {
+        let Some(opcode) = Opcode::from_wire(req.header.opcode) else {
+            log::debug!("opcode {} is unknown", req.header.opcode);
+            return Answer::Status(Err(Errno::ENOSYS));
+        };
+        log::trace!("{opcode:?} node {} unique {}", req.header.nodeid, req.header.unique);
+        // PAIRS-WITH: unmount. The kernel sends nothing after DESTROY; this is for a
+        // kernel, or a fuzzer, that does.
+        if self.gone.load(Ordering::Acquire) && opcode != Opcode::Destroy {
+            return match opcode {
+                Opcode::Forget | Opcode::BatchForget => Answer::None,
+                _ => Answer::Status(Err(Errno::ENODEV)),
+            };
+        }
+        match self.serve(opcode, req, out) {
+            Ok(answer) => answer,
+            Err(_) if matches!(opcode, Opcode::Forget | Opcode::BatchForget) => Answer::None,
+            Err(errno) => Answer::Status(Err(errno)),
+        }
+    }
+
+    fn serve(&self, opcode: Opcode, req: &Request<'_>, out: &mut ReplyBuf<'_>) -> Result<Answer> {
+        match opcode {
+            Opcode::Init => self.init(req, out),
+            Opcode::Destroy => Ok(Answer::Status(self.unmount())),
+            Opcode::Forget => self.forget(req),
+            Opcode::BatchForget => self.batch_forget(req),
+
+            Opcode::Lookup => self.lookup(req, out),
+            Opcode::Getattr | Opcode::Statx => self.getattr(opcode, req, out),
+            Opcode::Setattr => self.setattr(req, out),
+            Opcode::Readlink => {
+                let target = self.fs.readlink(&req.context(), self.node(req))?;
+                out.put_bytes(&target).map(|()| Answer::Buffer)
+            }
+            Opcode::Access => {
+                let args: abi::AccessIn = req.args()?;
+                self.status(self.fs.access(&req.context(), self.node(req), args.mask))
+            }
+
+            Opcode::Mknod | Opcode::Mkdir | Opcode::Symlink | Opcode::Link => {
+                self.make(opcode, req, out)
+            }
+            Opcode::Unlink => {
+                let name = one_name(req.payload)?;
+                self.status(self.fs.unlink(&req.context(), self.node(req), name))
+            }
+            Opcode::Rmdir => {
+                let name = one_name(req.payload)?;
+                self.status(self.fs.rmdir(&req.context(), self.node(req), name))
+            }
+            Opcode::Rename | Opcode::Rename2 => self.rename(opcode, req),
+
+            Opcode::Open | Opcode::Opendir => self.open(opcode, req, out),
+            Opcode::Create | Opcode::Tmpfile => self.create(opcode, req, out),
+            Opcode::Release | Opcode::Releasedir => self.release(opcode, req),
+            Opcode::Flush => self.flush(req),
+            Opcode::Read => self.read(req),
+            Opcode::Write => self.write(req, out),
+            Opcode::Readdir | Opcode::Readdirplus => self.readdir(opcode, req, out),
+            Opcode::Fsync | Opcode::Fsyncdir => self.fsync(opcode, req),
+            Opcode::Fallocate => self.fallocate(req),
+            Opcode::Lseek => self.lseek(req, out),
+            Opcode::Ioctl => self.ioctl(req, out),
+
+            Opcode::Setxattr => self.setxattr(req),
+            Opcode::Getxattr | Opcode::Listxattr => self.getxattr(opcode, req, out),
+            Opcode::Removexattr => {
+                let name = xattr_name(req.payload)?;
+                self.status(self.fs.removexattr(&req.context(), self.node(req), name))
+            }
+
+            Opcode::Statfs => {
+                let stat = self.fs.statfs(&req.context())?;
+                out.put(&reply::statfs_out(&stat)).map(|()| Answer::Buffer)
+            }
+            Opcode::Syncfs => self.status(self.fs.sync()),
+
+            // ENOSYS tells the kernel to do it itself, or never to ask again. For an
+            // interrupt that is right too: no operation here waits for an outside event.
+            Opcode::Interrupt
+            | Opcode::CopyFileRange
+            | Opcode::CopyFileRange64
+            | Opcode::Getlk
+            | Opcode::Setlk
+            | Opcode::Setlkw
+            | Opcode::Bmap
+            | Opcode::Poll
+            | Opcode::NotifyReply
+            | Opcode::Setupmapping
+            | Opcode::Removemapping => Err(Errno::ENOSYS),
+        }
+    }
+
+    /// The inode a request is about.
+    fn node(&self, req: &Request<'_>) -> Ino {
+        self.ino(req.header.nodeid)
+    }
+
+    fn ino(&self, nodeid: u64) -> Ino {
+        reply::swap_root(self.root, nodeid)
+    }
+
+    fn status(&self, result: Result<()>) -> Result<Answer> {
+        result.map(|()| Answer::Status(Ok(())))
+    }
+
+    /// Puts a counted entry into the reply, or gives its count back.
+    fn put_entry(&self, entry: &Entry, out: &mut ReplyBuf<'_>) -> Result<()> {
+        out.put(&reply::entry_out(entry, self.root, &self.timeouts))
+            .inspect_err(|_| self.fs.forget(entry.attr.ino, 1))
+    }
+
+    fn init(&self, req: &Request<'_>, out: &mut ReplyBuf<'_>) -> Result<Answer> {
+        let args: abi::InitIn = req.args()?;
+        if args.major > abi::KERNEL_VERSION {
+            // The kernel asks again with the version it is told.
+            out.put(&abi::InitOut { major: abi::KERNEL_VERSION, ..Default::default() })?;
+            return Ok(Answer::Buffer);
+        }
+        if args.major < abi::KERNEL_VERSION || args.minor < abi::MIN_MINOR_VERSION {
+            log::error!("the kernel's FUSE {}.{} is too old", args.major, args.minor);
+            return Err(Errno::EOPNOTSUPP);
+        }
+        let offered =
+            InitFlags::from_bits_retain(u64::from(args.flags) | (u64::from(args.flags2) << 32));
+        let wanted = self.wanted_flags();
+        let agreed = wanted & offered;
+        log::debug!(
+            "FUSE 7.{}: agreed {agreed:?}, refused by the kernel {:?}",
+            args.minor,
+            wanted.difference(offered)
+        );
+        let bits = agreed.bits();
+        let max_write = self.config.max_write();
+        out.put(&abi::InitOut {
+            major: abi::KERNEL_VERSION,
+            minor: abi::KERNEL_MINOR_VERSION.min(args.minor),
+            max_readahead: u32::MAX,
+            flags: (bits & 0xffff_ffff) as u32,
+            flags2: (bits >> 32) as u32,
+            max_background: 64,
+            congestion_threshold: 48,
+            max_write: u32::try_from(max_write).map_err(|_| Errno::EINVAL)?,
+            time_gran: 1,
+            max_pages: u16::try_from(max_write / crate::PAGE_SIZE).map_err(|_| Errno::EINVAL)?,
+            ..Default::default()
+        })?;
+        Ok(Answer::Buffer)
+    }
+
+    fn wanted_flags(&self) -> InitFlags {
+        let mut flags = InitFlags::ASYNC_READ
+            | InitFlags::BIG_WRITES
+            | InitFlags::MAX_PAGES
+            | InitFlags::PARALLEL_DIROPS
+            | InitFlags::DO_READDIRPLUS
+            | InitFlags::READDIRPLUS_AUTO
+            | InitFlags::ASYNC_DIO
+            | InitFlags::CACHE_SYMLINKS
+            | InitFlags::EXPLICIT_INVAL_DATA
+            | InitFlags::HANDLE_KILLPRIV_V2
+            | InitFlags::EXPORT_SUPPORT
+            | InitFlags::HAS_IOCTL_DIR
+            | InitFlags::SETXATTR_EXT
+            | InitFlags::INIT_EXT;
+        if self.stateless() {
+            flags |= InitFlags::NO_OPEN_SUPPORT | InitFlags::NO_OPENDIR_SUPPORT;
+        }
+        if self.capabilities.posix_acl {
+            flags |= InitFlags::POSIX_ACL | InitFlags::DONT_MASK;
+        }
+        flags.set(InitFlags::WRITEBACK_CACHE, self.config.writeback_cache);
+        flags
+    }
+
+    /// Whether the kernel is told to send no opens.
+    fn stateless(&self) -> bool {
+        self.config.no_open.unwrap_or(self.capabilities.stateless_open)
+    }
+
+    fn forget(&self, req: &Request<'_>) -> Result<Answer> {
+        let args: abi::ForgetIn = req.args()?;
+        self.fs.forget(self.node(req), args.nlookup);
+        Ok(Answer::None)
+    }
+
+    fn batch_forget(&self, req: &Request<'_>) -> Result<Answer> {
+        let args: abi::BatchForgetIn = req.args()?;
+        // The count is the kernel's word, the payload what is really there.
+        let (ones, _) = req.payload.as_chunks::<{ size_of::<abi::ForgetOne>() }>();
+        for one in ones.iter().take(usize::try_from(args.count).unwrap_or(usize::MAX)) {
+            let one: abi::ForgetOne = zerocopy::transmute!(*one);
+            self.fs.forget(self.ino(one.nodeid), one.nlookup);
+        }
+        Ok(Answer::None)
+    }
+
+    fn lookup(&self, req: &Request<'_>, out: &mut ReplyBuf<'_>) -> Result<Answer> {
+        let name = cstr(req.payload)?.0;
+        if name.len() > NAME_MAX {
+            return Err(Errno::ENAMETOOLONG);
+        }
+        if name.is_empty() || name.contains(&b'/') {
+            return Err(Errno::EINVAL);
+        }
+        match self.fs.lookup(&req.context(), self.node(req), name) {
+            Ok(entry) => self.put_entry(&entry, out)?,
+            Err(Errno::ENOENT) if self.timeouts.negative > Duration::ZERO => {
+                out.put(&reply::negative_entry(&self.timeouts))?;
+            }
+            Err(errno) => return Err(errno),
+        }
+        Ok(Answer::Buffer)
+    }
+
+    fn getattr(
+        &self,
+        opcode: Opcode,
+        req: &Request<'_>,
+        out: &mut ReplyBuf<'_>,
+    ) -> Result<Answer> {
+        let attr = self.fs.getattr(&req.context(), self.node(req))?;
+        match opcode {
+            Opcode::Statx => out.put(&reply::statx_out(&attr, self.timeouts.attr))?,
+            _ => out.put(&reply::attr_out(&attr, self.timeouts.attr))?,
+        }
+        Ok(Answer::Buffer)
+    }
+
+    fn setattr(&self, req: &Request<'_>, out: &mut ReplyBuf<'_>) -> Result<Answer> {
+        let args: abi::SetattrIn = req.args()?;
+        let attr = self.fs.setattr(&req.context(), self.node(req), &set_attr(&args)?)?;
+        out.put(&reply::attr_out(&attr, self.timeouts.attr))?;
+        Ok(Answer::Buffer)
+    }
+
+    fn make(
+        &self,
+        opcode: Opcode,
+        req: &Request<'_>,
+        out: &mut ReplyBuf<'_>,
+    ) -> Result<Answer> {
+        let mut ctx = req.context();
+        let parent = self.node(req);
+        let entry = match opcode {
+            Opcode::Mknod => {
+                let args: abi::MknodIn = req.args()?;
+                ctx.umask = args.umask;
+                self.fs.mknod(&ctx, parent, one_name(req.payload)?, args.mode, args.rdev)
+            }
+            Opcode::Mkdir => {
+                let args: abi::MkdirIn = req.args()?;
+                ctx.umask = args.umask;
+                self.fs.mkdir(&ctx, parent, one_name(req.payload)?, args.mode)
+            }
+            Opcode::Symlink => {
+                let (name, rest) = cstr(req.payload)?;
+                let (target, _) = cstr(rest)?;
+                if target.len() > SYMLINK_MAX {
+                    return Err(Errno::ENAMETOOLONG);
+                }
+                self.fs.symlink(&ctx, parent, file_name(name)?, target)
+            }
+            _ => {
+                let args: abi::LinkIn = req.args()?;
+                self.fs.link(&ctx, self.ino(args.oldnodeid), parent, one_name(req.payload)?)
+            }
+        }?;
+        self.put_entry(&entry, out)?;
+        Ok(Answer::Buffer)
+    }
+
+    fn rename(&self, opcode: Opcode, req: &Request<'_>) -> Result<Answer> {
+        let (newdir, flags) = if opcode == Opcode::Rename {
+            (req.args::<abi::RenameIn>()?.newdir, 0)
+        } else {
+            let args: abi::Rename2In = req.args()?;
+            (args.newdir, args.flags)
+        };
+        let flags = RenameFlags::from_bits(flags).ok_or(Errno::EINVAL)?;
+        let (from, rest) = cstr(req.payload)?;
+        let (to, _) = cstr(rest)?;
+        self.status(self.fs.rename(
+            &req.context(),
+            (self.node(req), file_name(from)?),
+            (self.ino(newdir), file_name(to)?),
+            flags,
+        ))
+    }
+
+    fn open(
+        &self,
+        opcode: Opcode,
+        req: &Request<'_>,
+        out: &mut ReplyBuf<'_>,
+    ) -> Result<Answer> {
+        let args: abi::OpenIn = req.args()?;
+        if self.stateless() {
+            return Err(Errno::ENOSYS);
+        }
+        let ctx = req.context();
+        let open = match opcode {
+            Opcode::Open => self.fs.open(&ctx, self.node(req), args.flags.cast_signed())?,
+            _ => self.fs.opendir(&ctx, self.node(req))?,
+        };
+        out.put(&open_out(&open))?;
+        Ok(Answer::Buffer)
+    }
+
+    fn create(
+        &self,
+        opcode: Opcode,
+        req: &Request<'_>,
+        out: &mut ReplyBuf<'_>,
+    ) -> Result<Answer> {
+        let args: abi::CreateIn = req.args()?;
+        let ctx = Context { umask: args.umask, ..req.context() };
+        let (parent, flags) = (self.node(req), args.flags.cast_signed());
+        let (entry, open) = match opcode {
+            Opcode::Tmpfile => self.fs.tmpfile(&ctx, parent, args.mode, flags)?,
+            // The kernel then makes the file by MKNOD, and opens it without asking.
+            _ if self.stateless() => return Err(Errno::ENOSYS),
+            _ => self.fs.create(&ctx, parent, one_name(req.payload)?, args.mode, flags)?,
+        };
+        self.put_entry(&entry, out)?;
+        out.put(&open_out(&open))?;
+        Ok(Answer::Buffer)
+    }
+
+    fn release(&self, opcode: Opcode, req: &Request<'_>) -> Result<Answer> {
+        let args: abi::ReleaseIn = req.args()?;
+        match opcode {
+            Opcode::Release => self.fs.release(self.node(req), FileHandle(args.fh)),
+            _ => self.fs.releasedir(self.node(req), FileHandle(args.fh)),
+        }
+        Ok(Answer::Status(Ok(())))
+    }
+
+    fn flush(&self, req: &Request<'_>) -> Result<Answer> {
+        let args: abi::FlushIn = req.args()?;
+        if self.stateless() {
+            return Err(Errno::ENOSYS);
+        }
+        self.status(self.fs.flush(&req.context(), self.node(req), FileHandle(args.fh)))
+    }
+
+    fn read(&self, req: &Request<'_>) -> Result<Answer> {
+        let args: abi::ReadIn = req.args()?;
+        let len = usize::try_from(args.size).map_err(|_| Errno::EINVAL)?;
+        if len > self.config.max_write() {
+            return Err(Errno::EINVAL);
+        }
+        let mut data = ReadReply::new();
+        let (ino, fh) = (self.node(req), FileHandle(args.fh));
+        self.fs.read(&req.context(), ino, fh, args.offset, len, &mut data)?;
+        if data.len() > len {
+            log::error!("read of inode {ino} gave {} bytes where {len} were asked", data.len());
+            return Err(Errno::EIO);
+        }
+        Ok(Answer::Read(data))
+    }
+
+    fn write(&self, req: &Request<'_>, out: &mut ReplyBuf<'_>) -> Result<Answer> {
+        let args: abi::WriteIn = req.args()?;
+        let len = usize::try_from(args.size).map_err(|_| Errno::EINVAL)?;
+        let data = req.payload.get(..len).ok_or(Errno::EINVAL)?;
+        let (ino, fh) = (self.node(req), FileHandle(args.fh));
+        let flags = write_flags(args.write_flags, args.flags.cast_signed());
+        let written = self.fs.write(&req.context(), ino, fh, args.offset, data, flags)?;
+        let size = u32::try_from(written).ok().filter(|size| *size <= args.size);
+        out.put(&abi::WriteOut { size: size.ok_or(Errno::EIO)?, padding: 0 })?;
+        Ok(Answer::Buffer)
+    }
+
+    fn readdir(
+        &self,
+        opcode: Opcode,
+        req: &Request<'_>,
+        out: &mut ReplyBuf<'_>,
+    ) -> Result<Answer> {
+        let args: abi::ReadIn = req.args()?;
+        let list = Listing {
+            ino: self.node(req),
+            fh: FileHandle(args.fh),
+            offset: args.offset,
+            size: usize::try_from(args.size).map_err(|_| Errno::EINVAL)?,
+        };
+        let ctx = req.context();
+        match opcode {
+            Opcode::Readdir => reply::readdir(&*self.fs, &ctx, &list, out)?,
+            _ => reply::readdirplus(&*self.fs, &ctx, &list, out, &self.timeouts)?,
+        }
+        Ok(Answer::Buffer)
+    }
+
+    fn fsync(&self, opcode: Opcode, req: &Request<'_>) -> Result<Answer> {
+        let args: abi::FsyncIn = req.args()?;
+        let datasync = args.fsync_flags & abi::FSYNC_FDATASYNC != 0;
+        let (ctx, ino, fh) = (req.context(), self.node(req), FileHandle(args.fh));
+        self.status(match opcode {
+            Opcode::Fsync => self.fs.fsync(&ctx, ino, fh, datasync),
+            _ => self.fs.fsyncdir(&ctx, ino, fh, datasync),
+        })
+    }
+
+    fn fallocate(&self, req: &Request<'_>) -> Result<Answer> {
+        let args: abi::FallocateIn = req.args()?;
+        let mode = args.mode.cast_signed();
+        let node = self.node(req);
+        self.status(self.fs.fallocate(&req.context(), node, args.offset, args.length, mode))
+    }
+
+    fn lseek(&self, req: &Request<'_>, out: &mut ReplyBuf<'_>) -> Result<Answer> {
+        let args: abi::LseekIn = req.args()?;
+        let whence = args.whence.cast_signed();
+        if whence != libc::SEEK_DATA && whence != libc::SEEK_HOLE {
+            return Err(Errno::EINVAL);
+        }
+        let offset = self.fs.lseek(&req.context(), self.node(req), args.offset, whence)?;
+        out.put(&abi::LseekOut { offset })?;
+        Ok(Answer::Buffer)
+    }
+
+    fn ioctl(&self, req: &Request<'_>, out: &mut ReplyBuf<'_>) -> Result<Answer> {
+        let args: abi::IoctlIn = req.args()?;
+        if args.flags & abi::IOCTL_UNRESTRICTED != 0 {
+            return Err(Errno::ENOTTY);
+        }
+        let in_size = usize::try_from(args.in_size).map_err(|_| Errno::EINVAL)?;
+        let input = req.payload.get(..in_size).ok_or(Errno::EINVAL)?;
+        let out_size = usize::try_from(args.out_size).map_err(|_| Errno::EINVAL)?;
+        let ioctl = Ioctl { cmd: args.cmd, input, out_size };
+        let data = self.fs.ioctl(&req.context(), self.node(req), FileHandle(args.fh), &ioctl)?;
+        if data.len() > out_size {
+            return Err(Errno::EIO);
+        }
+        out.put(&abi::IoctlOut::default())?;
+        out.put_bytes(&data)?;
+        Ok(Answer::Buffer)
+    }
+
+    fn setxattr(&self, req: &Request<'_>) -> Result<Answer> {
+        let args: abi::SetxattrIn = req.args()?;
+        let (name, rest) = cstr(req.payload)?;
+        let name = check_xattr_name(name)?;
+        let size = usize::try_from(args.size).map_err(|_| Errno::EINVAL)?;
+        let value = rest.get(..size).ok_or(Errno::EINVAL)?;
+        // Only the two flags of setxattr(2) travel in `flags`.
+        let known = XattrFlags::CREATE | XattrFlags::REPLACE;
+        let mut flags = XattrFlags::from_bits(args.flags)
+            .filter(|flags| known.contains(*flags))
+            .ok_or(Errno::EINVAL)?;
+        if args.setxattr_flags & abi::SETXATTR_ACL_KILL_SGID != 0 {
+            flags |= XattrFlags::ACL_KILL_SGID;
+        }
+        self.status(self.fs.setxattr(&req.context(), self.node(req), name, value, flags))
+    }
+
+    fn getxattr(
+        &self,
+        opcode: Opcode,
+        req: &Request<'_>,
+        out: &mut ReplyBuf<'_>,
+    ) -> Result<Answer> {
+        let args: abi::GetxattrIn = req.args()?;
+        let (ctx, ino) = (req.context(), self.node(req));
+        let value = match opcode {
+            Opcode::Getxattr => self.fs.getxattr(&ctx, ino, xattr_name(req.payload)?)?,
+            _ => self.fs.listxattr(&ctx, ino)?,
+        };
+        reply::xattr(&value, args.size, out)?;
+        Ok(Answer::Buffer)
+    }
+}
+
+/// A NUL-terminated string and what follows it.
+fn cstr(bytes: &[u8]) -> Result<(&[u8], &[u8])> {
+    let end = bytes.iter().position(|byte| *byte == 0).ok_or(Errno::EINVAL)?;
+    Ok((&bytes[..end], &bytes[end + 1..]))
+}
+
+/// A name that can be given to a file.
+fn file_name(name: &[u8]) -> Result<&[u8]> {
+    match name {
+        b"" | b"." | b".." => Err(Errno::EINVAL),
+        _ if name.len() > NAME_MAX => Err(Errno::ENAMETOOLONG),
+        _ if name.contains(&b'/') => Err(Errno::EINVAL),
+        _ => Ok(name),
+    }
+}
+
+fn one_name(payload: &[u8]) -> Result<&[u8]> {
+    file_name(cstr(payload)?.0)
+}
+
+fn check_xattr_name(name: &[u8]) -> Result<&[u8]> {
+    if name.is_empty() || name.len() > XATTR_NAME_MAX {
+        return Err(Errno::ERANGE);
+    }
+    Ok(name)
+}
+
+fn xattr_name(payload: &[u8]) -> Result<&[u8]> {
+    check_xattr_name(cstr(payload)?.0)
+}
+
+fn open_out(open: &OpenReply) -> abi::OpenOut {
+    let mut flags = Fopen::empty();
+    flags.set(Fopen::KEEP_CACHE, open.keep_cache);
+    flags.set(Fopen::DIRECT_IO, open.direct_io);
+    flags.set(Fopen::CACHE_DIR, open.cache_dir);
+    abi::OpenOut { fh: open.fh.0, open_flags: flags.bits(), backing_id: 0 }
+}
+
+/// How a write came. `O_APPEND` is left out: the kernel, the only one to write the
+/// file, has resolved the offset under its lock.
+pub(crate) fn write_flags(write_flags: u32, open_flags: i32) -> WriteFlags {
+    let from = WriteInFlags::from_bits_truncate(write_flags);
+    let mut flags = WriteFlags::empty();
+    flags.set(WriteFlags::CACHE, from.contains(WriteInFlags::CACHE));
+    flags.set(WriteFlags::KILL_SUIDGID, from.contains(WriteInFlags::KILL_SUIDGID));
+    if !from.contains(WriteInFlags::CACHE) {
+        // A write from the kernel's cache carries the flags of whichever file was at hand.
+        flags.set(WriteFlags::SYNC, open_flags & libc::O_SYNC == libc::O_SYNC);
+        flags.set(WriteFlags::DSYNC, open_flags & libc::O_DSYNC != 0);
+        flags.set(WriteFlags::DIRECT, open_flags & libc::O_DIRECT != 0);
+    }
+    flags
+}
+
+fn set_attr(args: &abi::SetattrIn) -> Result<SetAttr> {
+    let valid = Fattr::from_bits_retain(args.valid);
+    let when = |has: Fattr, sec: u64, nsec: u32| -> Result<Option<Timestamp>> {
+        if !valid.contains(has) {
+            return Ok(None);
+        }
+        if nsec >= 1_000_000_000 {
+            return Err(Errno::EINVAL);
+        }
+        Ok(Some(Timestamp { sec: sec.cast_signed(), nsec }))
+    };
+    let time = |has: Fattr, now: Fattr, sec: u64, nsec: u32| -> Result<Option<SetTime>> {
+        match when(has, sec, nsec)? {
+            Some(_) if valid.contains(now) => Ok(Some(SetTime::Now)),
+            given => Ok(given.map(SetTime::At)),
+        }
+    };
+    let number = |has: Fattr, value: u32| valid.contains(has).then_some(value);
+    Ok(SetAttr {
+        mode: number(Fattr::MODE, args.mode),
+        uid: number(Fattr::UID, args.uid),
+        gid: number(Fattr::GID, args.gid),
+        size: valid.contains(Fattr::SIZE).then_some(args.size),
+        atime: time(Fattr::ATIME, Fattr::ATIME_NOW, args.atime, args.atimensec)?,
+        mtime: time(Fattr::MTIME, Fattr::MTIME_NOW, args.mtime, args.mtimensec)?,
+        ctime: when(Fattr::CTIME, args.ctime, args.ctimensec)?,
+        kill_suidgid: valid.contains(Fattr::KILL_SUIDGID),
+        fh: valid.contains(Fattr::FH).then_some(FileHandle(args.fh)),
+    })
+}

@@ -1,0 +1,257 @@
+//! The system calls that have no safe wrapper elsewhere; all of the crate's unsafe
+//! code.
+
+use std::ffi::{CStr, CString};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use bitflags::bitflags;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+
+use crate::abi;
+
+bitflags! {
+    /// What a mount point adds to its filesystem (mount_setattr(2)).
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+    pub struct MountAttr: u32 {
+        /// Read-only here.
+        const RDONLY = 0x1;
+        /// No set-id programs.
+        const NOSUID = 0x2;
+        /// No device files.
+        const NODEV = 0x4;
+        /// No programs.
+        const NOEXEC = 0x8;
+        /// Access times are not kept.
+        const NOATIME = 0x10;
+        /// Access times are always kept; without this and `NOATIME`, relatively.
+        const STRICTATIME = 0x20;
+        /// Access times of directories are not kept.
+        const NODIRATIME = 0x80;
+        /// Symbolic links are not followed.
+        const NOSYMFOLLOW = 0x20_0000;
+    }
+}
+
+/// A filesystem being configured, or with its superblock made: fsopen(2).
+pub(crate) struct FsContext(OwnedFd);
+
+const FSOPEN_CLOEXEC: libc::c_uint = 1;
+const FSCONFIG_SET_FLAG: libc::c_uint = 0;
+const FSCONFIG_SET_STRING: libc::c_uint = 1;
+const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
+const FSMOUNT_CLOEXEC: libc::c_uint = 1;
+const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 4;
+
+impl FsContext {
+    pub fn open(fstype: &CStr) -> io::Result<Self> {
+        // SAFETY: the string is NUL-terminated and outlives the call.
+        let fd = unsafe { libc::syscall(libc::SYS_fsopen, fstype.as_ptr(), FSOPEN_CLOEXEC) };
+        new_fd(fd).map(Self)
+    }
+
+    pub fn set_flag(&self, key: &str) -> io::Result<()> {
+        self.config(FSCONFIG_SET_FLAG, Some(key), None)
+    }
+
+    pub fn set_string(&self, key: &str, value: &str) -> io::Result<()> {
+        self.config(FSCONFIG_SET_STRING, Some(key), Some(value))
+    }
+
+    /// Makes the superblock; a block device is claimed from here on.
+    pub fn create(&self) -> io::Result<()> {
+        self.config(FSCONFIG_CMD_CREATE, None, None)
+    }
+
+    fn config(&self, cmd: libc::c_uint, key: Option<&str>, value: Option<&str>) -> io::Result<()> {
+        let key = key.map(CString::new).transpose()?;
+        let value = value.map(CString::new).transpose()?;
+        let pointer = |s: &Option<CString>| s.as_ref().map_or(std::ptr::null(), |s| s.as_ptr());
+        // SAFETY: both strings are NULL or NUL-terminated and outlive the call.
+        let result = unsafe {
+            let fd = self.0.as_raw_fd();
+            libc::syscall(libc::SYS_fsconfig, fd, cmd, pointer(&key), pointer(&value), 0)
+        };
+        if result < 0 {
+            let error = io::Error::last_os_error();
+            return Err(match self.message() {
+                Some(message) => io::Error::new(error.kind(), format!("{message} ({error})")),
+                None => error,
+            });
+        }
+        Ok(())
+    }
+
+    /// What the kernel has to say about the last failure.
+    fn message(&self) -> Option<String> {
+        let mut file = File::from(self.0.try_clone().ok()?);
+        let mut buf = [0; 512];
+        let len = file.read(&mut buf).ok()?;
+        let text = String::from_utf8_lossy(&buf[..len]);
+        let text = text.trim();
+        (!text.is_empty()).then(|| text.trim_start_matches("e ").to_owned())
+    }
+
+    /// A mount of the filesystem, not attached to anything yet.
+    pub fn mount(&self, attributes: MountAttr) -> io::Result<DetachedMount> {
+        // SAFETY: no memory is handed over.
+        let fd = unsafe {
+            let fd = self.0.as_raw_fd();
+            libc::syscall(libc::SYS_fsmount, fd, FSMOUNT_CLOEXEC, attributes.bits())
+        };
+        new_fd(fd).map(|fd| DetachedMount(File::from(fd)))
+    }
+}
+
+/// A mount without a place; dropping it unmounts.
+pub(crate) struct DetachedMount(File);
+
+impl DetachedMount {
+    /// The device number of the filesystem; asks it for its root's attributes.
+    pub fn device(&self) -> io::Result<u64> {
+        use std::os::unix::fs::MetadataExt;
+        self.0.metadata().map(|meta| meta.dev())
+    }
+
+    /// Attaches it.
+    pub fn attach(self, dir: &Path) -> io::Result<()> {
+        let dir = CString::new(dir.as_os_str().as_bytes())?;
+        // SAFETY: both strings are NUL-terminated and outlive the call.
+        let result = unsafe {
+            let (from, at) = (self.0.as_raw_fd(), libc::AT_FDCWD);
+            let flags = MOVE_MOUNT_F_EMPTY_PATH;
+            libc::syscall(libc::SYS_move_mount, from, c"".as_ptr(), at, dir.as_ptr(), flags)
+        };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+fn new_fd(result: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = RawFd::try_from(result).map_err(io::Error::other)?;
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Makes `new` (freshly opened `/dev/fuse`) another way to the connection of `session`.
+pub(crate) fn clone_connection(new: &File, session: &File) -> io::Result<()> {
+    let fd = session.as_raw_fd().cast_unsigned();
+    // SAFETY: the kernel reads one u32 from the pointer, which lives through the call.
+    let result = unsafe { libc::ioctl(new.as_raw_fd(), abi::DEV_IOC_CLONE, &raw const fd) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+const LOOP_CTL_GET_FREE: u64 = 0x4c82;
+const LOOP_CONFIGURE: u64 = 0x4c0a;
+const LO_FLAGS_READ_ONLY: u32 = 1;
+const LO_FLAGS_AUTOCLEAR: u32 = 4;
+
+/// `struct loop_info64` of `linux/loop.h`.
+#[repr(C)]
+struct LoopInfo64 {
+    lo_device: u64,
+    lo_inode: u64,
+    lo_rdevice: u64,
+    lo_offset: u64,
+    lo_sizelimit: u64,
+    lo_number: u32,
+    lo_encrypt_type: u32,
+    lo_encrypt_key_size: u32,
+    lo_flags: u32,
+    lo_file_name: [u8; 64],
+    lo_crypt_name: [u8; 64],
+    lo_encrypt_key: [u8; 32],
+    lo_init: [u64; 2],
+}
+
+/// `struct loop_config` of `linux/loop.h`.
+#[repr(C)]
+struct LoopConfig {
+    fd: u32,
+    block_size: u32,
+    info: LoopInfo64,
+    reserved: [u64; 8],
+}
+
+const _: () = assert!(size_of::<LoopInfo64>() == 232 && size_of::<LoopConfig>() == 304);
+
+/// The number of a loop device that is free at this moment.
+pub(crate) fn loop_get_free(control: &File) -> io::Result<u32> {
+    // SAFETY: the command takes no argument.
+    let number = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) };
+    u32::try_from(number).map_err(|_| io::Error::last_os_error())
+}
+
+/// Ties `device` to `backing` until its last user is gone.
+pub(crate) fn loop_configure(
+    device: &File,
+    backing: &File,
+    name: &Path,
+    read_only: bool,
+) -> io::Result<()> {
+    let mut lo_file_name = [0; 64];
+    let name = name.as_os_str().as_bytes();
+    let len = name.len().min(63);
+    lo_file_name[..len].copy_from_slice(&name[..len]);
+    let read_only = if read_only { LO_FLAGS_READ_ONLY } else { 0 };
+    let config = LoopConfig {
+        fd: backing.as_raw_fd().cast_unsigned(),
+        block_size: 0,
+        info: LoopInfo64 {
+            lo_device: 0,
+            lo_inode: 0,
+            lo_rdevice: 0,
+            lo_offset: 0,
+            lo_sizelimit: 0,
+            lo_number: 0,
+            lo_encrypt_type: 0,
+            lo_encrypt_key_size: 0,
+            lo_flags: LO_FLAGS_AUTOCLEAR | read_only,
+            lo_file_name,
+            lo_crypt_name: [0; 64],
+            lo_encrypt_key: [0; 32],
+            lo_init: [0; 2],
+        },
+        reserved: [0; 8],
+    };
+    // SAFETY: the kernel reads one LoopConfig from the pointer, which lives through the call.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// From `linux/prctl.h`.
+const PR_SET_IO_FLUSHER: libc::c_int = 57;
+
+/// Tells the kernel that this thread writes out what the kernel wants to reclaim, so
+/// that it must not be made to wait for that. Needs a privilege; without it nothing changes.
+pub(crate) fn set_io_flusher() {
+    // SAFETY: no memory is handed over.
+    let result = unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
+    if result < 0 {
+        log::debug!("PR_SET_IO_FLUSHER: {}", io::Error::last_os_error());
+    }
+}
+
+/// The signal that takes a thread out of a blocking call.
+pub(crate) const KICK: Signal = Signal::SIGUSR1;
+
+extern "C" fn kicked(_: libc::c_int) {}
+
+/// Makes [`KICK`] interrupt system calls and do nothing else.
+pub(crate) fn install_kick() -> io::Result<()> {
+    let action = SigAction::new(SigHandler::Handler(kicked), SaFlags::empty(), SigSet::empty());
+    // SAFETY: the handler does nothing, so it is safe whatever it interrupts.
+    unsafe { sigaction(KICK, &action) }.map(drop).map_err(io::Error::from)
+}
+
+/// syncfs(2).
+pub(crate) fn syncfs(file: &File) -> io::Result<()> {
+    // SAFETY: no memory is handed over.
+    let result = unsafe { libc::syncfs(file.as_fd().as_raw_fd()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
