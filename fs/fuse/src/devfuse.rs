@@ -51,7 +51,11 @@ impl Buffers {
 }
 
 /// Answers requests up to and with `INIT`.
-pub(crate) fn handshake(device: &File, dispatcher: &Dispatcher, max_write: usize) -> io::Result<()> {
+pub(crate) fn handshake(
+    device: &File,
+    dispatcher: &Dispatcher,
+    max_write: usize,
+) -> io::Result<()> {
     let mut buffers = Buffers::new(max_write);
     loop {
         let len = match nix::unistd::read(device, buffers.request_mut(max_write)) {

@@ -334,12 +334,7 @@ impl Dispatcher {
         Ok(Answer::Buffer)
     }
 
-    fn getattr(
-        &self,
-        opcode: Opcode,
-        req: &Request<'_>,
-        out: &mut ReplyBuf<'_>,
-    ) -> Result<Answer> {
+    fn getattr(&self, opcode: Opcode, req: &Request<'_>, out: &mut ReplyBuf<'_>) -> Result<Answer> {
         let attr = self.fs.getattr(&req.context(), self.node(req))?;
         match opcode {
             Opcode::Statx => out.put(&reply::statx_out(&attr, self.timeouts.attr))?,
@@ -355,12 +350,7 @@ impl Dispatcher {
         Ok(Answer::Buffer)
     }
 
-    fn make(
-        &self,
-        opcode: Opcode,
-        req: &Request<'_>,
-        out: &mut ReplyBuf<'_>,
-    ) -> Result<Answer> {
+    fn make(&self, opcode: Opcode, req: &Request<'_>, out: &mut ReplyBuf<'_>) -> Result<Answer> {
         let mut ctx = req.context();
         let parent = self.node(req);
         let entry = match opcode {
@@ -409,12 +399,7 @@ impl Dispatcher {
         ))
     }
 
-    fn open(
-        &self,
-        opcode: Opcode,
-        req: &Request<'_>,
-        out: &mut ReplyBuf<'_>,
-    ) -> Result<Answer> {
+    fn open(&self, opcode: Opcode, req: &Request<'_>, out: &mut ReplyBuf<'_>) -> Result<Answer> {
         let args: abi::OpenIn = req.args()?;
         if self.stateless() {
             return Err(Errno::ENOSYS);
@@ -428,12 +413,7 @@ impl Dispatcher {
         Ok(Answer::Buffer)
     }
 
-    fn create(
-        &self,
-        opcode: Opcode,
-        req: &Request<'_>,
-        out: &mut ReplyBuf<'_>,
-    ) -> Result<Answer> {
+    fn create(&self, opcode: Opcode, req: &Request<'_>, out: &mut ReplyBuf<'_>) -> Result<Answer> {
         let args: abi::CreateIn = req.args()?;
         let ctx = Context { umask: args.umask, ..req.context() };
         let (parent, flags) = (self.node(req), args.flags.cast_signed());
@@ -493,12 +473,7 @@ impl Dispatcher {
         Ok(Answer::Buffer)
     }
 
-    fn readdir(
-        &self,
-        opcode: Opcode,
-        req: &Request<'_>,
-        out: &mut ReplyBuf<'_>,
-    ) -> Result<Answer> {
+    fn readdir(&self, opcode: Opcode, req: &Request<'_>, out: &mut ReplyBuf<'_>) -> Result<Answer> {
         let args: abi::ReadIn = req.args()?;
         let list = Listing {
             ino: self.node(req),

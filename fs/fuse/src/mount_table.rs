@@ -76,7 +76,8 @@ mod tests {
 
     #[test]
     fn a_line_with_tags_and_escapes_is_read() {
-        let line = b"36 35 7:3 / /mnt/a\\040b rw,noatime shared:1 master:2 - fuseblk.uext /dev/loop3 rw";
+        let line =
+            b"36 35 7:3 / /mnt/a\\040b rw,noatime shared:1 master:2 - fuseblk.uext /dev/loop3 rw";
         let mount = parse_line(line).unwrap();
         assert_eq!(mount.device, (7, 3));
         assert_eq!(mount.mount_point, Path::new("/mnt/a b"));

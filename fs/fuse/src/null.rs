@@ -604,14 +604,7 @@ impl FileSystem for NullFs {
         state.node_mut(ino)?.xattrs.remove(name).map(drop).ok_or(Errno::ENODATA)
     }
 
-    fn fallocate(
-        &self,
-        _ctx: &Context,
-        ino: Ino,
-        offset: u64,
-        len: u64,
-        mode: i32,
-    ) -> Result<()> {
+    fn fallocate(&self, _ctx: &Context, ino: Ino, offset: u64, len: u64, mode: i32) -> Result<()> {
         let mut state = self.state.write();
         let node = state.node_mut(ino)?;
         let end = offset.checked_add(len).ok_or(Errno::EFBIG)?;
