@@ -1,0 +1,47 @@
+# What a person and CI run. `make help` lists the targets.
+
+CARGO ?= cargo
+PREFIX ?= /usr/local
+# Where `make demo` works; everything it makes lies there and is removed again.
+DEMO_DIR ?= /var/tmp/uext-demo
+
+UEXT := $(or $(CARGO_TARGET_DIR),target)/release/uext
+
+.PHONY: help all deps check test demo install uninstall fuzz bench clean
+
+help: ## This list
+	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+
+all: ## Build the release program
+	$(CARGO) build --release -p uext-tools
+
+deps: ## Install what the tests and the demo need (apt, as root), or list it
+	@tests/scripts/deps.sh
+
+check: ## Formatting and lints, warnings denied
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+test: deps check ## All tests that take minutes
+	$(CARGO) test --workspace --locked
+
+demo: deps all ## Make an image, mount it, copy a tree in, unmount, check it
+	@tests/scripts/demo.sh $(UEXT) $(DEMO_DIR)
+
+install: all ## Install the program, its names and man pages under PREFIX
+	install -Dm755 $(UEXT) $(DESTDIR)$(PREFIX)/bin/uext
+	for name in mkfs.uext fsck.uext; do ln -sf ../bin/uext $(DESTDIR)$(PREFIX)/sbin/$$name || exit 1; done
+	for name in mount.fuse.uext umount.fuse.uext; do ln -sf $(PREFIX)/bin/uext $(DESTDIR)/sbin/$$name || exit 1; done
+
+uninstall: ## Remove what `make install` installed
+	rm -f $(DESTDIR)$(PREFIX)/bin/uext $(DESTDIR)$(PREFIX)/sbin/mkfs.uext $(DESTDIR)$(PREFIX)/sbin/fsck.uext
+	rm -f $(DESTDIR)/sbin/mount.fuse.uext $(DESTDIR)/sbin/umount.fuse.uext
+
+fuzz: ## Build the fuzz targets (cargo-fuzz)
+	cd tests/fuzz && $(CARGO) fuzz build -s none
+
+bench: all ## Compare with kernel ext4 and fuse2fs (root)
+	@tests/scripts/bench.sh $(UEXT)
+
+clean: ## Remove build products
+	$(CARGO) clean
