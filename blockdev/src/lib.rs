@@ -13,6 +13,7 @@
 pub mod aligned;
 pub mod bio;
 pub mod device;
+pub mod dm;
 pub mod file;
 pub mod flush;
 pub mod limits;

@@ -50,6 +50,17 @@ impl QueueLimits {
         }
     }
 
+    /// Passes a bio that [`QueueLimits::check`] lets pass; ends any other.
+    pub fn admit(&self, bio: Bio) -> Option<Bio> {
+        match self.check(&bio) {
+            Ok(()) => Some(bio),
+            Err(status) => {
+                bio.end_io(Err(status));
+                None
+            }
+        }
+    }
+
     /// Whether the device can take the bio at all, whatever its length. Every
     /// device asks before it touches the bio's sector arithmetic, since the sector
     /// may come from a damaged image.

@@ -105,17 +105,6 @@ impl FileDevice {
         self.engine.name()
     }
 
-    /// Completes bios that the device can't take; passes the others.
-    fn checked(&self, bio: Bio) -> Option<Bio> {
-        match self.target.limits.check(&bio) {
-            Ok(()) => Some(bio),
-            Err(status) => {
-                bio.end_io(Err(status));
-                None
-            }
-        }
-    }
-
     /// Does a bio in the calling thread and leaves its end in its status.
     fn run_here(&self, mut bio: Bio) -> Bio {
         let result = self.target.limits.check(&bio).and_then(|()| self.target.run(&bio));
@@ -146,13 +135,13 @@ impl BlockDevice for FileDevice {
     }
 
     fn submit_bio(&self, bio: Bio) {
-        if let Some(bio) = self.checked(bio) {
+        if let Some(bio) = self.target.limits.admit(bio) {
             self.engine.submit(&mut std::iter::once(bio));
         }
     }
 
     fn submit_bios(&self, bios: Vec<Bio>) {
-        self.engine.submit(&mut bios.into_iter().filter_map(|bio| self.checked(bio)));
+        self.engine.submit(&mut bios.into_iter().filter_map(|bio| self.target.limits.admit(bio)));
     }
 
     fn submit_bio_wait(&self, mut bio: Bio) -> BlkResult<Bio> {
