@@ -633,3 +633,154 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> ExtentNode<B> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fuzzing::sample_superblock;
+    use proptest::prelude::*;
+
+    fn extent(logical: u32, len: u32, start: u64) -> Extent {
+        Extent { logical: LogicalBlock(logical), len, start: FsBlock(start), unwritten: false }
+    }
+
+    fn leaf(extents: &[Extent]) -> ExtentNode<Vec<u8>> {
+        let mut node = ExtentNode::init(vec![0; 1024], 0);
+        for (at, extent) in extents.iter().enumerate() {
+            node.insert_extent(at, *extent).unwrap();
+        }
+        node
+    }
+
+    fn problem(node: &ExtentNode<Vec<u8>>, limits: &NodeLimits) -> String {
+        node.check(limits).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_length_says_whether_it_was_written() {
+        for (len, unwritten, raw) in
+            [(1, false, 1), (32768, false, 32768), (1, true, 32769), (32767, true, 65535)]
+        {
+            let extent = Extent { unwritten, ..extent(0, len, 1) };
+            assert_eq!(extent.to_raw().ee_len.get(), raw);
+            assert_eq!(Extent::from_raw(&extent.to_raw()), extent);
+        }
+    }
+
+    #[test]
+    fn capacity_is_what_the_format_says() {
+        let blocks = [60, 1024, 2048, 4096, 65536];
+        assert_eq!(blocks.map(capacity), [4, 84, 169, 340, 5460]);
+    }
+
+    #[test]
+    fn bad_headers_are_refused() {
+        let mut bytes = leaf(&[extent(0, 1, 50)]).bytes().to_vec();
+        let refused = |bytes: &[u8]| ExtentNode::new(bytes).unwrap_err().detail;
+        bytes[4] = 85;
+        assert_eq!(refused(&bytes), "eh_max 85, room for 84");
+        bytes[4] = 84;
+        bytes[2] = 85;
+        assert_eq!(refused(&bytes), "eh_entries 85 of 84");
+        bytes[2] = 1;
+        bytes[6] = 6;
+        assert_eq!(refused(&bytes), "eh_depth 6 is over 5");
+        bytes[0] = 0;
+        assert_eq!(refused(&bytes), "magic is 0xf300, not 0xf30a");
+        assert!(ExtentNode::new(&bytes[..11]).is_err());
+    }
+
+    #[test]
+    fn bad_entries_are_refused_with_their_place() {
+        let sb = sample_superblock();
+        let limits = NodeLimits::root(&sb);
+        let overlap = leaf(&[extent(0, 4, 50), extent(3, 4, 90)]);
+        assert_eq!(
+            problem(&overlap, &limits),
+            "extent node at logical block 3: entry 1 starts there, 4 expected"
+        );
+        let order = leaf(&[extent(10, 1, 50), extent(5, 1, 90)]);
+        assert!(problem(&order, &limits).contains("starts there, 11 expected"));
+        let end = leaf(&[extent(0, 4, sb.blocks_count() - 3)]);
+        assert!(problem(&end, &limits).contains("maps 4 blocks at block"));
+        let on_super = leaf(&[extent(0, 4, 0)]);
+        assert!(problem(&on_super, &limits).contains("maps 4 blocks at block 0"));
+        let past = leaf(&[extent(u32::MAX, 2, 50)]);
+        assert!(problem(&past, &limits).contains("ends at logical block 4294967297"));
+        let mut zero = leaf(&[extent(0, 1, 50)]);
+        zero.bytes[16] = 0;
+        assert!(problem(&zero, &limits).contains("ends at logical block 0"));
+    }
+
+    #[test]
+    fn a_child_must_agree_with_its_parent() {
+        let sb = sample_superblock();
+        let mut root = ExtentNode::init(vec![0; 60], 1);
+        for (at, logical) in [(0, 0), (1, 100)] {
+            let child = FsBlock(500 + logical);
+            root.insert_index(at, ExtentIndex { logical: LogicalBlock(logical as u32), child })
+                .unwrap();
+        }
+        root.check(&NodeLimits::root(&sb)).unwrap();
+        let first = NodeLimits::root(&sb).child(&root, 0);
+        assert!(leaf(&[extent(0, 100, 50)]).check(&first).is_ok());
+        assert!(leaf(&[extent(0, 101, 50)]).check(&first).is_err());
+        assert!(leaf(&[extent(1, 1, 50)]).check(&first).is_err());
+        assert!(leaf(&[]).check(&first).is_err());
+        let second = NodeLimits::root(&sb).child(&root, 1);
+        assert!(leaf(&[extent(100, 4000, 50)]).check(&second).is_ok());
+        assert!(ExtentNode::init(vec![0; 1024], 1).check(&second).is_err());
+    }
+
+    #[test]
+    fn a_full_node_takes_no_more_and_stays_as_it_was() {
+        let mut root = ExtentNode::init(vec![0; 60], 0);
+        (0..4).for_each(|at| root.insert_extent(at, extent(at as u32 * 2, 1, 50)).unwrap());
+        let before = root.bytes().to_vec();
+        assert_eq!(root.insert_extent(2, extent(3, 1, 70)), Err(NodeFull));
+        assert_eq!(root.bytes(), before);
+        assert_eq!(root.checksum(), None);
+    }
+
+    proptest! {
+        #[test]
+        fn edits_agree_with_a_vector(steps in proptest::collection::vec((any::<u8>(), any::<u16>(), any::<u8>()), 1..200)) {
+            let mut node = leaf(&[]);
+            let mut model: Vec<Extent> = Vec::new();
+            for (kind, place, count) in steps {
+                let at = usize::from(place) % (model.len() + 1);
+                match kind % 4 {
+                    0 | 1 => {
+                        let new = extent(u32::from(place), 1, u64::from(count));
+                        if node.insert_extent(at, new).is_ok() {
+                            model.insert(at, new);
+                        } else {
+                            prop_assert_eq!(model.len(), 84);
+                        }
+                    }
+                    2 => {
+                        let end = (at + usize::from(count % 4)).min(model.len());
+                        node.remove(at..end);
+                        model.drain(at..end);
+                    }
+                    _ => {
+                        let mut other = leaf(&[]);
+                        node.move_tail(at, &mut other).unwrap();
+                        prop_assert_eq!(other.len(), model.len() - at);
+                        node.append(&other, 0).unwrap();
+                    }
+                }
+                prop_assert_eq!(node.extents().collect::<Vec<_>>(), model.clone());
+            }
+            node.seal(5);
+            prop_assert!(node.verify(5).is_ok() && node.verify(6).is_err());
+        }
+
+        #[test]
+        fn search_finds_the_last_start_at_or_before(starts in proptest::collection::btree_set(any::<u32>(), 0..84), want: u32) {
+            let extents: Vec<_> = starts.iter().map(|&start| extent(start, 1, 50)).collect();
+            let found = leaf(&extents).search(LogicalBlock(want));
+            prop_assert_eq!(found, starts.iter().rposition(|&start| start <= want));
+        }
+    }
+}

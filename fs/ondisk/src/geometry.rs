@@ -6,8 +6,10 @@
 //! What takes a group or block number asserts that it is in range; numbers from the
 //! disk are checked first ([`Superblock::group_of_block`], [`Superblock::check_inode`]).
 
+use crate::bitmap;
 use crate::error::{Corrupt, Result};
 use crate::features::{Compat, RoCompat};
+use crate::group_desc::GroupDesc;
 use crate::superblock::{SUPERBLOCK_OFFSET, Superblock, max_per_group};
 use crate::units::{FsBlock, GroupNumber, InodeNumber};
 
@@ -253,6 +255,54 @@ impl Superblock {
     }
 }
 
+impl Superblock {
+    /// Fills in the block bitmap of a group whose descriptor says `BLOCK_UNINIT`: what the
+    /// descriptor names in the group, the group's superblock and descriptors, and the bits
+    /// past its end are in use.
+    ///
+    /// # Panics
+    /// When `map` is shorter than a block.
+    pub fn fill_uninit_block_bitmap<B: AsRef<[u8]>>(
+        &self,
+        group: GroupNumber,
+        desc: &GroupDesc<B>,
+        map: &mut [u8],
+    ) {
+        map.fill(0);
+        let bits = self.block_size() * 8;
+        let base = self.base_meta_blocks(group).div_ceil(self.cluster_ratio());
+        bitmap::set_range(map, 0, base.min(bits));
+        let table = u64::from(self.inode_table_blocks());
+        for (start, count) in
+            [(desc.block_bitmap(), 1), (desc.inode_bitmap(), 1), (desc.inode_table(), table)]
+        {
+            let first = self.group_first_block(group).0;
+            let end = first + u64::from(self.blocks_in_group(group));
+            // Under flex_bg any part of these may lie in another group.
+            let from = start.0.max(first);
+            let to = start.0.saturating_add(count).min(end);
+            if from < to {
+                let low = ((from - first) >> self.cluster_ratio_bits()) as u32;
+                let high = ((to - 1 - first) >> self.cluster_ratio_bits()) as u32;
+                bitmap::set_range(map, low, high - low + 1);
+            }
+        }
+        let end = self.clusters_in_group(group);
+        bitmap::set_range(map, end, bits - end);
+    }
+
+    /// Fills in the inode bitmap of a group whose descriptor says `INODE_UNINIT`: only the
+    /// bits past its end are in use.
+    ///
+    /// # Panics
+    /// When `map` is shorter than a block.
+    pub fn fill_uninit_inode_bitmap(&self, map: &mut [u8]) {
+        map.fill(0);
+        let inodes = self.inodes_per_group();
+        bitmap::set_range(map, inodes, self.block_size() * 8 - inodes);
+    }
+}
+
 /// Whether `sparse_super` keeps a backup in the group: 0, 1 and powers of 3, 5 and 7.
 pub fn is_sparse_group(group: GroupNumber) -> bool {
     let is_power = |base: u32| {
@@ -286,4 +336,75 @@ pub fn backup_places(device_bytes: u64, per_size: usize) -> Vec<BackupPlace> {
         );
     }
     places
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fuzzing::sample_superblock;
+
+    #[test]
+    fn the_last_group_is_short() {
+        let sb = sample_superblock();
+        assert_eq!(sb.groups_count(), 8);
+        assert_eq!(sb.blocks_in_group(GroupNumber(0)), 32768);
+        assert_eq!(sb.blocks_in_group(GroupNumber(7)), 32768 - 100);
+        assert_eq!(sb.group_of_block(FsBlock(262_144 - 101)), Some(GroupNumber(7)));
+        assert_eq!(sb.group_of_block(FsBlock(262_144 - 100)), None);
+    }
+
+    #[test]
+    fn inodes_count_from_one() {
+        let sb = sample_superblock();
+        let at = sb.inode_location(InodeNumber(8192 + 18)).unwrap();
+        let wanted =
+            InodeLocation { group: GroupNumber(1), index: 17, table_block: 1, offset: 256 };
+        assert_eq!(at, wanted);
+        assert_eq!(sb.inode_number(at.group, at.index), InodeNumber(8192 + 18));
+        assert_eq!(sb.inode_location(InodeNumber(65537)), None);
+        assert!(
+            sb.check_inode(InodeNumber(0)).is_err() && sb.check_inode(InodeNumber(65536)).is_ok()
+        );
+    }
+
+    #[test]
+    fn sparse_groups_are_powers_of_3_5_and_7() {
+        let groups: Vec<u32> = (0..130).filter(|&g| is_sparse_group(GroupNumber(g))).collect();
+        assert_eq!(groups, [0, 1, 3, 5, 7, 9, 25, 27, 49, 81, 125]);
+    }
+
+    #[test]
+    fn backups_are_where_mke2fs_says_they_are() {
+        let of = |size| {
+            let places = backup_places(1 << 40, 2);
+            places
+                .into_iter()
+                .filter(|p| p.block_size == size)
+                .map(|p| p.byte_offset / u64::from(size))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(of(1024), [8193, 24577]);
+        assert_eq!(of(2048), [16384, 49152]);
+        assert_eq!(of(4096), [32768, 98304]);
+        assert_eq!(of(65536), [65528, 196_584]);
+    }
+
+    #[test]
+    fn an_uninit_bitmap_holds_the_groups_own_metadata_only() {
+        let sb = sample_superblock();
+        let mut bytes = [0u8; 64];
+        let mut desc = GroupDesc::new(&mut bytes[..]).unwrap();
+        desc.set_block_bitmap(FsBlock(32768 + 500));
+        desc.set_inode_bitmap(FsBlock(7));
+        desc.set_inode_table(FsBlock(32768 - 10));
+        let mut map = vec![0xAA; 4096];
+        sb.fill_uninit_block_bitmap(GroupNumber(1), &desc, &mut map);
+        // Superblock, one descriptor block and 127 reserved; the table's other 502 blocks; the
+        // bitmap lies under it.
+        assert_eq!(bitmap::count_set(&map, 32768), 502);
+        sb.fill_uninit_block_bitmap(GroupNumber(2), &desc, &mut map);
+        assert_eq!(bitmap::count_set(&map, 32768), 0);
+        sb.fill_uninit_block_bitmap(GroupNumber(7), &desc, &mut map);
+        assert_eq!(bitmap::find_next_set(&map, 129, 32768), Some(32668));
+    }
 }

@@ -437,3 +437,53 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> GroupDesc<B> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fuzzing::sample_superblock;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn what_is_set_reads_back(
+            block in 0u64..1 << 48, count in 0u32..1 << 20, flags: u16, len in prop_oneof![Just(64usize), Just(128), Just(1024)]
+        ) {
+            let mut bytes = vec![0xA5; len];
+            let mut desc = GroupDesc::new(&mut bytes[..]).unwrap();
+            desc.set_block_bitmap(FsBlock(block));
+            desc.set_inode_bitmap(FsBlock(block + 1));
+            desc.set_inode_table(FsBlock(block + 2));
+            desc.set_free_blocks_count(count);
+            desc.set_free_inodes_count(count + 1);
+            desc.set_used_dirs_count(count + 2);
+            desc.set_itable_unused(count + 3);
+            desc.set_flags(GroupFlags::from_bits_retain(flags));
+            desc.seal(DescChecksum::Crc16(9), GroupNumber(5));
+            let blocks = [desc.block_bitmap().0, desc.inode_bitmap().0, desc.inode_table().0];
+            prop_assert_eq!(blocks, [block, block + 1, block + 2]);
+            let counts = [desc.free_blocks_count(), desc.free_inodes_count(), desc.used_dirs_count(), desc.itable_unused()];
+            prop_assert_eq!(counts, [count, count + 1, count + 2, count + 3]);
+            prop_assert_eq!(desc.flags().bits(), flags);
+            prop_assert!(desc.verify(DescChecksum::Crc16(9), GroupNumber(5)).is_ok());
+            prop_assert!(desc.verify(DescChecksum::Crc16(9), GroupNumber(6)).is_err());
+            prop_assert!(bytes[64..].iter().all(|&byte| byte == 0xA5));
+        }
+    }
+
+    #[test]
+    fn a_place_outside_the_filesystem_is_refused() {
+        let sb = sample_superblock();
+        let mut bytes = [0u8; 64];
+        let mut desc = GroupDesc::new(&mut bytes[..]).unwrap();
+        desc.set_block_bitmap(FsBlock(100));
+        desc.set_inode_bitmap(FsBlock(101));
+        desc.set_inode_table(FsBlock(sb.blocks_count() - 511));
+        let error = desc.check(&sb, GroupNumber(0)).unwrap_err();
+        assert_eq!(error.to_string(), "group descriptor of group 0: inode table at block 261533");
+        desc.set_inode_table(FsBlock(sb.blocks_count() - 512));
+        assert!(desc.check(&sb, GroupNumber(0)).is_ok());
+        desc.set_free_inodes_count(8193);
+        assert!(desc.check(&sb, GroupNumber(0)).is_err());
+    }
+}

@@ -21,6 +21,8 @@ pub mod dirhash;
 pub mod error;
 pub mod extent;
 pub mod features;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod geometry;
 pub mod group_desc;
 pub mod htree;
@@ -28,7 +30,6 @@ pub mod indirect;
 pub mod inode;
 pub mod jbd2;
 pub mod orphan_file;
-mod raw_superblock;
 pub mod superblock;
 pub mod units;
 pub mod xattr;
