@@ -1,0 +1,89 @@
+//! Mounts by the kernel's ext4 and by uext, released when dropped.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::{run, uext};
+
+/// An image mounted by the kernel over a loop device.
+pub struct KernelMount {
+    dir: PathBuf,
+}
+
+impl KernelMount {
+    /// Mounts `image` on `dir`.
+    #[track_caller]
+    pub fn new(image: &Path, dir: &Path, options: &str) -> Self {
+        let options = format!("loop,{options}");
+        run(Command::new("mount")
+            .args(["-t", "ext4", "-o"])
+            .arg(options.trim_end_matches(','))
+            .arg(image)
+            .arg(dir));
+        Self { dir: dir.to_owned() }
+    }
+
+    /// Where.
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Unmounts; panics when that fails.
+    #[track_caller]
+    pub fn unmount(self) {
+        run(Command::new("umount").arg(&self.dir));
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for KernelMount {
+    fn drop(&mut self) {
+        // Only after a failed assertion: what can be released is.
+        let _ = Command::new("umount").arg("-l").arg(&self.dir).status();
+    }
+}
+
+/// An image mounted by uext.
+pub struct UextMount {
+    dir: PathBuf,
+    log: PathBuf,
+}
+
+impl UextMount {
+    /// Mounts `image` on `dir`.
+    #[track_caller]
+    pub fn new(image: &Path, dir: &Path, options: &str) -> Self {
+        let log = image.with_extension("uext.log");
+        let mut mount = Command::new(uext());
+        mount.arg("mount").arg(image).arg(dir).arg("--log-file").arg(&log);
+        if !options.is_empty() {
+            mount.args(["-o", options]);
+        }
+        run(&mut mount);
+        Self { dir: dir.to_owned(), log }
+    }
+
+    /// Where.
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What the daemon logged so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Unmounts and waits until the image is clean; panics when that fails.
+    #[track_caller]
+    pub fn unmount(self) {
+        run(Command::new(uext()).arg("umount").arg(&self.dir));
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for UextMount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.dir).status();
+        eprintln!("daemon's log:\n{}", self.log());
+    }
+}
