@@ -576,7 +576,7 @@ fn cstr(bytes: &[u8]) -> Result<(&[u8], &[u8])> {
 }
 
 /// A name that can be given to a file.
-fn file_name(name: &[u8]) -> Result<&[u8]> {
+pub(crate) fn file_name(name: &[u8]) -> Result<&[u8]> {
     match name {
         b"" | b"." | b".." => Err(Errno::EINVAL),
         _ if name.len() > NAME_MAX => Err(Errno::ENAMETOOLONG),

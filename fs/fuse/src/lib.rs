@@ -11,7 +11,7 @@
 pub mod abi;
 mod devfuse;
 pub mod dispatch;
-//pub mod fuser_front;
+pub mod fuser_front;
 pub mod mount_table;
 pub mod notify;
 pub mod null;

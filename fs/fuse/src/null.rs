@@ -111,6 +111,7 @@ impl Node {
     }
 
     fn set_size(&mut self, size: u64) -> Result<()> {
+        check_size(size)?;
         if size < self.attr.size {
             let end = self.attr.size.next_multiple_of(PAGE);
             self.punch(size, end)?;
@@ -119,6 +120,11 @@ impl Node {
         self.touch();
         Ok(())
     }
+}
+
+/// Offsets are signed in the system calls.
+fn check_size(size: u64) -> Result<()> {
+    i64::try_from(size).map(drop).map_err(|_| Errno::EFBIG)
 }
 
 struct State {
@@ -507,6 +513,7 @@ impl FileSystem for NullFs {
         let mut state = self.state.write();
         let node = state.node_mut(ino)?;
         let end = offset.checked_add(data.len() as u64).ok_or(Errno::EFBIG)?;
+        check_size(end)?;
         let pages = node.pages_mut()?;
         let mut done = 0;
         while done < data.len() {
@@ -608,6 +615,7 @@ impl FileSystem for NullFs {
         let mut state = self.state.write();
         let node = state.node_mut(ino)?;
         let end = offset.checked_add(len).ok_or(Errno::EFBIG)?;
+        check_size(end)?;
         if mode & libc::FALLOC_FL_PUNCH_HOLE != 0 {
             return node.punch(offset, end);
         }
