@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use bitflags::bitflags;
 
+use crate::mempool::Pooled;
 use crate::status::{BlkResult, BlkStatus};
 use crate::units::{SECTOR_SIZE, Sector};
 
@@ -159,12 +160,6 @@ impl EndIo {
     }
 }
 
-/// Where the bvec array of a pooled bio goes when the bio is dropped.
-pub(crate) trait VecHome: Send + Sync {
-    /// Takes the emptied array back.
-    fn put(&self, vecs: Vec<BioVec>);
-}
-
 /// One operation on a run of sectors.
 pub struct Bio {
     op: BioOp,
@@ -175,7 +170,8 @@ pub struct Bio {
     status: BlkResult<()>,
     private: u64,
     end_io: Option<EndIo>,
-    home: Option<Arc<dyn VecHome>>,
+    /// Where the array of bvecs goes back to.
+    home: Option<Pooled<Vec<BioVec>>>,
 }
 
 impl Bio {
@@ -195,16 +191,15 @@ impl Bio {
     }
 
     #[expect(dead_code, reason = "used by the bio set, which follows")]
-    /// As [`Bio::new`], with a bvec array that returns to `home` with the bio's drop.
+    /// As [`Bio::new`], with a bvec array that goes back to its pool with the bio's drop.
     pub(crate) fn pooled(
         op: BioOp,
         flags: BioFlags,
         sector: Sector,
-        vecs: Vec<BioVec>,
-        home: Arc<dyn VecHome>,
+        mut home: Pooled<Vec<BioVec>>,
     ) -> Self {
         let mut bio = Self::new(op, flags, sector);
-        bio.vecs = vecs;
+        bio.vecs = std::mem::take(&mut *home);
         bio.home = Some(home);
         bio
     }
@@ -356,9 +351,10 @@ impl Bio {
         self.sector
     }
 
-    /// First sector after it.
+    /// First sector after it; the last there is, where the sum is no sector (a bio
+    /// that no device takes).
     pub fn end_sector(&self) -> Sector {
-        Sector(self.sector.0 + self.bytes / SECTOR_SIZE)
+        Sector(self.sector.0.saturating_add(self.bytes / SECTOR_SIZE))
     }
 
     /// Bytes it moves or covers.
@@ -390,10 +386,9 @@ impl Drop for Bio {
             let mut lost = std::mem::replace(self, empty);
             lost.status = Err(BlkStatus::IoErr);
             end_io.call(lost);
-        } else if let Some(home) = self.home.take() {
-            let mut vecs = std::mem::take(&mut self.vecs);
-            vecs.clear();
-            home.put(vecs);
+        } else if let Some(mut home) = self.home.take() {
+            self.vecs.clear();
+            *home = std::mem::take(&mut self.vecs);
         }
     }
 }

@@ -12,21 +12,28 @@
 
 pub mod aligned;
 pub mod bio;
+pub mod bio_set;
 pub mod device;
 pub mod dm;
 pub mod file;
 pub mod flush;
 pub mod limits;
 pub mod memory;
+pub mod mempool;
+pub mod plug;
 pub mod split;
 pub mod status;
+mod sync;
 pub mod units;
 
 pub use aligned::AlignedBuf;
 pub use bio::{Bio, BioEndIo, BioFlags, BioOp, BioVec, IoBuffer};
+pub use bio_set::BioSet;
 pub use device::{BlockDevice, submit_bio_wait};
 pub use file::{FileDevice, OpenError, OpenOptions};
 pub use limits::QueueLimits;
 pub use memory::{MemoryDevice, MemoryOptions};
+pub use mempool::{Mempool, Pooled};
+pub use plug::Plug;
 pub use status::{BlkResult, BlkStatus};
 pub use units::{SECTOR_SIZE, Sector};
