@@ -190,7 +190,6 @@ impl Bio {
         }
     }
 
-    #[expect(dead_code, reason = "used by the bio set, which follows")]
     /// As [`Bio::new`], with a bvec array that goes back to its pool with the bio's drop.
     pub(crate) fn pooled(
         op: BioOp,

@@ -366,6 +366,26 @@ impl BatchRing {
     }
 }
 
+/// Takes the file out of a ring that is about to go: the kernel tears a ring down
+/// later, and until then the file would stay open and claimed.
+fn release_file(ring: &IoUring) {
+    if let Err(error) = ring.submitter().unregister_files() {
+        log::warn!("a ring keeps its file: {error}");
+    }
+}
+
+impl Drop for SharedRing {
+    fn drop(&mut self) {
+        release_file(&self.ring);
+    }
+}
+
+impl Drop for BatchRing {
+    fn drop(&mut self) {
+        release_file(&self.ring);
+    }
+}
+
 /// Whether the bio is one entry of a ring.
 fn is_plain(bio: &Bio, limits: &QueueLimits) -> bool {
     use crate::bio::{BioFlags, BioOp};

@@ -251,6 +251,15 @@ impl Target {
     }
 }
 
+impl Drop for Target {
+    fn drop(&mut self) {
+        // Closing isn't enough: a child that another thread is just starting has a
+        // copy of the descriptor for a moment, and the lock would live in it.
+        // SAFETY: the descriptor is open until the file's own drop.
+        unsafe { libc::flock(self.fd(), libc::LOCK_UN) };
+    }
+}
+
 /// `_IO(0x12, 119)`, not in libc.
 const BLKDISCARD: libc::Ioctl = 0x1277;
 /// `_IO(0x12, 127)`, not in libc.
