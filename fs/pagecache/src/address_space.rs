@@ -54,7 +54,11 @@ pub struct WritebackControl {
     pub reason: WritebackReason,
 }
 
-/// What a filesystem does for the pages of an inode.
+/// What a filesystem does for the pages of an inode. Who wants to know of evicted pages
+/// registers a [`ChangeListener`](crate::ChangeListener).
+///
+/// The flusher holds the operations strongly while it calls them, so it may be the last
+/// to drop them: their `Drop` must not wait for writeback.
 pub trait AddressSpaceOps: Send + Sync {
     /// Writes dirty pages of the range; delayed allocation happens here. Takes them with
     /// [`AddressSpace::dirty_folios`] and [`Folio::begin_writeback`]. With `wbc.sync` all
@@ -72,9 +76,6 @@ pub trait AddressSpaceOps: Send + Sync {
         mapping: &Arc<AddressSpace>,
         wbc: &WritebackControl,
     ) -> Result<u64, WritebackError>;
-
-    /// A clean page was dropped by reclaim. Must not wait or call back into the cache.
-    fn folio_evicted(&self, _mapping: &AddressSpace, _index: u64) {}
 }
 
 #[derive(Default)]
@@ -190,6 +191,12 @@ impl AddressSpace {
         self.pages.read().range(range).map(|(_, folio)| folio.clone()).collect()
     }
 
+    /// Whether any page of the range is cached: then a read or write may not go past the
+    /// cache.
+    pub fn has_pages(&self, range: Range<u64>) -> bool {
+        !range.is_empty() && self.pages.read().range(range).next().is_some()
+    }
+
     /// Dirty pages of the range, by rising index, at most `max`.
     pub fn dirty_folios(&self, range: Range<u64>, max: usize) -> Vec<Arc<Folio>> {
         if range.is_empty() {
@@ -248,9 +255,10 @@ impl AddressSpace {
                 kept += 1;
                 continue;
             }
-            // The exclusive guard keeps it clean; it stays in the map until here.
+            // The exclusive guard keeps it clean. It may have left the map, even for another page.
             let mut pages = self.pages.write();
-            if folio.is_attached() && pages.remove(&folio.index()).is_some() {
+            if pages.get(&folio.index()).is_some_and(|now| Arc::ptr_eq(now, &folio)) {
+                pages.remove(&folio.index());
                 self.detach(&folio);
                 drop(pages);
                 drop(guard);
@@ -278,7 +286,7 @@ impl AddressSpace {
     /// # Errors
     /// The first failure of these writes.
     pub fn write_and_wait(self: &Arc<Self>, range: Range<u64>) -> Result<(), WritebackError> {
-        let before = self.errseq.sample_now();
+        let before = self.errseq.count();
         if !self.dirty_folios(range.clone(), 1).is_empty() {
             let wbc = WritebackControl {
                 range: range.clone(),
@@ -290,7 +298,7 @@ impl AddressSpace {
             ops.writepages(self, &wbc)?;
         }
         self.wait_writeback(range);
-        self.errseq.check(before)
+        self.errseq.since_count(before)
     }
 
     /// Called by writers, without locks, after they dirtied pages: wakes the flusher, and
@@ -315,10 +323,12 @@ impl AddressSpace {
         for folio in &gone {
             let mut tags = self.tags.lock();
             self.detach(folio);
-            // A dirty tag belongs to this folio: a new one at this index could only be
-            // made, and dirtied, by a writer the caller excludes.
             if folio.clear(ALL_DIRTY) & ALL_DIRTY != 0 {
-                tags.dirty.remove(&folio.index());
+                // The tag may be a new page's by now, if the caller lets writers in.
+                let successor = self.pages.read().get(&folio.index()).cloned();
+                if !successor.is_some_and(|f| f.is_dirty()) {
+                    tags.dirty.remove(&folio.index());
+                }
                 self.count_clean(folio);
             }
             while folio.has(WRITEBACK) {
@@ -476,9 +486,6 @@ impl FrameOwner for AddressSpace {
         drop(pages);
         drop(gone);
         self.cache.notify_change(self.id, index, Change::Evicted);
-        if let Some(ops) = self.ops() {
-            ops.folio_evicted(self, index);
-        }
         true
     }
 }

@@ -13,16 +13,15 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Condvar, Mutex, RwLock};
 use uext_blockdev::{
     AlignedBuf, Bio, BioFlags, BioOp, BioVec, BlkResult, BlkStatus, BlockDevice, Sector,
-    submit_bio_wait,
 };
 
-use crate::batch::BioBatch;
 use crate::buffer::{Buffer, BufferHead, DirtyBuffers};
 use crate::cache::PageCache;
 use crate::frame::{Frame, FrameWrite, PAGE_SIZE};
@@ -171,7 +170,7 @@ impl BufferCache {
             let mut bio =
                 Bio::new(BioOp::Read, BioFlags::META | BioFlags::SYNC, self.sector(block));
             bio.add_vec(buffer.bvec());
-            drop(submit_bio_wait(&*self.dev, bio)?);
+            drop(self.dev.submit_bio_wait(bio)?);
             buffer.set_read();
         }
         drop(guard);
@@ -241,7 +240,8 @@ impl BufferCache {
 
     /// Writes these blocks now, sorted and merged, and waits; no flush. Buffers are
     /// clean from the moment their contents are copied, and dirty again when the write
-    /// fails. A block that was forgotten meanwhile is left out.
+    /// fails. A block that was forgotten meanwhile is left out. The caller holds no
+    /// guard of a buffer.
     ///
     /// # Errors
     /// The first failure; all blocks were tried. `Invalid` for a buffer that was never
@@ -262,17 +262,22 @@ impl BufferCache {
     /// # Errors
     /// The first failure; all were tried.
     pub fn write_dirty(&self) -> BlkResult<()> {
-        let blocks: Vec<u64> = self.dirty.blocks.lock().iter().copied().collect();
+        let most = BOUNCE_BYTES / self.block_size as usize;
         let mut result = Ok(());
-        for chunk in blocks.chunks(BOUNCE_BYTES / self.block_size as usize) {
-            let buffers: Vec<Buffer> = chunk
+        let mut from = 0;
+        loop {
+            let blocks: Vec<u64> =
+                self.dirty.blocks.lock().range(from..).take(most).copied().collect();
+            let Some(last) = blocks.last() else { return result };
+            let buffers: Vec<Buffer> = blocks
                 .iter()
                 .filter_map(|&block| self.find_quietly(block))
                 .filter(|b| b.is_dirty() && !b.is_pinned())
                 .collect();
             result = result.and(self.write_buffers(&buffers));
+            let Some(next) = last.checked_add(1) else { return result };
+            from = next;
         }
-        result
     }
 
     /// How many buffers are dirty.
@@ -324,8 +329,12 @@ impl BufferCache {
             writing.push(buffer);
         }
         let runs = self.runs(&writing);
-        let bios = runs.iter().map(|run| self.write_bio(&bounce, &writing, run.clone())).collect();
-        let status = BioBatch::submit_and_wait(&*self.dev, bios);
+        let bios = runs.iter().enumerate();
+        let bios = bios.map(|(at, run)| self.write_bio(&bounce, &writing, at, run)).collect();
+        let mut status = vec![Err(BlkStatus::IoErr); runs.len()];
+        for bio in self.dev.submit_bios_wait(bios) {
+            status[bio.private() as usize] = bio.status();
+        }
         for (run, status) in runs.into_iter().zip(status) {
             if let Err(error) = status {
                 let (first, last) = (writing[run.start].block(), writing[run.end - 1].block());
@@ -338,9 +347,9 @@ impl BufferCache {
     }
 
     /// Splits sorted buffers into runs of adjacent blocks that fit into one request.
-    fn runs(&self, sorted: &[&Buffer]) -> Vec<std::ops::Range<usize>> {
+    fn runs(&self, sorted: &[&Buffer]) -> Vec<Range<usize>> {
         let most = (self.dev.limits().max_bytes / self.block_size).max(1) as usize;
-        let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
+        let mut runs: Vec<Range<usize>> = Vec::new();
         for (at, buffer) in sorted.iter().enumerate() {
             match runs.last_mut() {
                 Some(run) if run.len() < most && sorted[at - 1].block() + 1 == buffer.block() => {
@@ -352,14 +361,17 @@ impl BufferCache {
         runs
     }
 
+    /// The bio that writes the run `run`, the `at`th of `sorted`, from the bounce buffer.
     fn write_bio(
         &self,
         bounce: &Bounce<'_>,
         sorted: &[&Buffer],
-        run: std::ops::Range<usize>,
+        at: usize,
+        run: &Range<usize>,
     ) -> Bio {
         let flags = BioFlags::META | BioFlags::SYNC;
         let mut bio = Bio::new(BioOp::Write, flags, self.sector(sorted[run.start].block()));
+        bio.set_private(at as u64);
         bio.add_vec(BioVec::part(
             bounce.buf.clone(),
             run.start as u32 * self.block_size,

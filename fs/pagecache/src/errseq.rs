@@ -4,7 +4,7 @@
 //! open file keeps a mark of the last error it has reported. An error nobody has
 //! seen yet is reported to the next one who samples, even when it opened later.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use thiserror::Error;
 use uext_blockdev::BlkStatus;
@@ -75,7 +75,11 @@ const STEP: u32 = 0x200;
 
 /// The last error and how many there were.
 #[derive(Debug, Default)]
-pub struct ErrSeq(AtomicU32);
+pub struct ErrSeq {
+    word: AtomicU32,
+    /// All errors: the word counts an error only after the last one was seen.
+    count: AtomicU64,
+}
 
 /// What an open file has seen of an [`ErrSeq`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -85,22 +89,33 @@ impl ErrSeq {
     /// Records an error.
     pub fn set(&self, error: WritebackError) {
         // The closure always gives a value. AcqRel: a reporter sees what the failed write left.
-        let _ = self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, |old| {
+        let _ = self.word.fetch_update(Ordering::AcqRel, Ordering::Acquire, |old| {
             let count = old & !(CODE | SEEN);
             let count = if old & SEEN == 0 { count } else { count.wrapping_add(STEP) };
             Some(count | error as u32)
         });
+        // PAIRS-WITH: `count`: who sees the number sees the error.
+        self.count.fetch_add(1, Ordering::Release);
     }
 
     /// A mark for a new open file: it will be told of errors nobody has seen yet.
     pub fn sample(&self) -> ErrSeqMark {
-        let now = self.0.load(Ordering::Acquire);
+        let now = self.word.load(Ordering::Acquire);
         ErrSeqMark(if now & SEEN == 0 { 0 } else { now })
     }
 
-    /// A mark of now: no error before it is told.
-    pub(crate) fn sample_now(&self) -> ErrSeqMark {
-        ErrSeqMark(self.0.load(Ordering::Acquire))
+    /// How many errors there were.
+    pub(crate) fn count(&self) -> u64 {
+        self.count.load(Ordering::Acquire)
+    }
+
+    /// The last error, when there were more than `count`.
+    pub(crate) fn since_count(&self, count: u64) -> Result<(), WritebackError> {
+        if self.count() == count {
+            return Ok(());
+        }
+        let code = self.word.load(Ordering::Acquire) & CODE;
+        WritebackError::from_code(code).map_or(Ok(()), Err)
     }
 
     /// The error since `since`, without reporting it.
@@ -108,7 +123,7 @@ impl ErrSeq {
     /// # Errors
     /// The last error, when there was one since the mark.
     pub fn check(&self, since: ErrSeqMark) -> Result<(), WritebackError> {
-        let now = self.0.load(Ordering::Acquire);
+        let now = self.word.load(Ordering::Acquire);
         if now | SEEN == since.0 | SEEN {
             return Ok(());
         }
@@ -120,10 +135,10 @@ impl ErrSeq {
     /// # Errors
     /// The last error, when there was one since the mark.
     pub fn check_and_advance(&self, since: &mut ErrSeqMark) -> Result<(), WritebackError> {
-        if self.0.load(Ordering::Acquire) == since.0 {
+        if self.word.load(Ordering::Acquire) == since.0 {
             return Ok(());
         }
-        let now = self.0.fetch_or(SEEN, Ordering::AcqRel) | SEEN;
+        let now = self.word.fetch_or(SEEN, Ordering::AcqRel) | SEEN;
         let known = since.0 | SEEN == now;
         *since = ErrSeqMark(now);
         if known {
@@ -160,6 +175,16 @@ mod tests {
         assert_eq!(seq.check_and_advance(&mut late), Err(WritebackError::Io));
         let mut later = seq.sample();
         assert_eq!(seq.check_and_advance(&mut later), Ok(()));
+    }
+
+    #[test]
+    fn an_error_after_one_nobody_has_seen_is_counted() {
+        let seq = ErrSeq::default();
+        seq.set(WritebackError::Io);
+        let before = seq.count();
+        assert_eq!(seq.since_count(before), Ok(()));
+        seq.set(WritebackError::Io);
+        assert_eq!(seq.since_count(before), Err(WritebackError::Io));
     }
 
     #[test]

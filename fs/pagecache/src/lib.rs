@@ -27,7 +27,6 @@
 //! conditions of 3.
 
 mod address_space;
-mod batch;
 mod buffer;
 mod buffer_cache;
 mod cache;

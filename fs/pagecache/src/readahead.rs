@@ -56,7 +56,8 @@ impl ReadaheadState {
             self.window = 0..0;
             return None;
         }
-        let within = end > self.window.start && end <= self.window.end;
+        // Windows follow each other without gaps, so all up to the last one's end was asked for.
+        let within = !self.window.is_empty() && end <= self.window.end;
         let (start, len) = if within {
             let half = self.window.start + (self.window.end - self.window.start) / 2;
             if end <= half {

@@ -300,16 +300,18 @@ impl PageCache {
             sync: false,
             reason,
         };
+        let errors = mapping.errseq().count();
         while mapping.nr_dirty() > 0 {
-            match ops.writepages(mapping, &wbc) {
-                Ok(0) => break,
-                Ok(_) => {}
-                Err(error) => {
-                    log::warn!("inode {}: writeback failed: {error}", mapping.id());
-                    let retry = started + self.config.flush_interval;
-                    self.dirty.update(mapping.seq(), None, Some(retry));
-                    return;
-                }
+            let result = ops.writepages(mapping, &wbc);
+            // Writes begun a round ago may have failed meanwhile.
+            if let Err(error) = result.and(mapping.errseq().since_count(errors)) {
+                log::warn!("inode {}: writeback failed: {error}", mapping.id());
+                let retry = started + self.config.flush_interval;
+                self.dirty.update(mapping.seq(), None, Some(retry));
+                return;
+            }
+            if result == Ok(0) {
+                break;
             }
             // A file that is dirtied as fast as it is written must not keep the others waiting.
             if started.elapsed() > self.config.flush_interval {
