@@ -1,5 +1,6 @@
 //! Mounts of the filesystem in memory: what the kernel and the usual programs make
 //! of them. They need root and `/dev/fuse`, and say so when they skip.
+#![allow(clippy::unwrap_used, reason = "a failure here is the test's")]
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
@@ -380,7 +381,7 @@ fn a_file_without_a_name_gets_one() {
 fn an_unlinked_file_lives_until_it_is_closed() {
     let Some(mount) = mount(&Kind::Block, &Config::default()) else { return };
     let path = mount.dir.join("f");
-    let file = OpenOptions::new().create(true).write(true).read(true).open(&path).unwrap();
+    let file = OpenOptions::new().create_new(true).write(true).read(true).open(&path).unwrap();
     fs::remove_file(&path).unwrap();
     file.write_all_at(b"still", 0).unwrap();
     let mut read = [0; 5];
