@@ -52,12 +52,15 @@ pub struct OpenOptions {
     pub engine: Engine,
     /// Pass the page cache by, where the file system can.
     pub direct: bool,
+    /// Claim a block device that is to be written; not when a mount (fuseblk) has
+    /// claimed it on behalf of this program.
+    pub claim: bool,
 }
 
 impl Default for OpenOptions {
     /// Read-write, direct, the best engine.
     fn default() -> Self {
-        Self { read_only: false, engine: Engine::Auto, direct: true }
+        Self { read_only: false, engine: Engine::Auto, direct: true, claim: true }
     }
 }
 

@@ -72,11 +72,11 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Target, OpenErr
     let kind = kind_of(&std::fs::metadata(path).map_err(fail)?)
         .ok_or_else(|| OpenError::NotADevice(path.to_owned()))?;
     let mut direct = options.direct;
-    let mut file = match open_file(path, kind, options.read_only, direct) {
+    let mut file = match open_file(path, kind, options, direct) {
         // The file system has no direct I/O (tmpfs).
         Err(error) if direct && error.raw_os_error() == Some(libc::EINVAL) => {
             direct = false;
-            open_file(path, kind, options.read_only, direct)
+            open_file(path, kind, options, direct)
         }
         other => other,
     }
@@ -89,7 +89,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Target, OpenErr
     if direct && align == Some(DioAlign { memory: 0, offset: 0 }) {
         // It opens, but the kernel says direct I/O won't work.
         direct = false;
-        file = open_file(path, kind, options.read_only, direct).map_err(fail)?;
+        file = open_file(path, kind, options, direct).map_err(fail)?;
     }
     if kind == Kind::Image {
         lock(&file, options.read_only).map_err(fail)?;
@@ -114,12 +114,13 @@ fn kind_of(meta: &std::fs::Metadata) -> Option<Kind> {
     }
 }
 
-fn open_file(path: &Path, kind: Kind, read_only: bool, direct: bool) -> io::Result<File> {
+fn open_file(path: &Path, kind: Kind, options: &OpenOptions, direct: bool) -> io::Result<File> {
     let mut flags = 0;
     if direct {
         flags |= libc::O_DIRECT;
     }
-    if kind == Kind::Block && !read_only {
+    let read_only = options.read_only;
+    if kind == Kind::Block && !read_only && options.claim {
         // Without O_CREAT it claims the device, as a mount does.
         flags |= libc::O_EXCL;
     }

@@ -336,7 +336,7 @@ impl FileSystem for NullFs {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { stateless_open: self.stateless, posix_acl: false }
+        Capabilities { stateless_open: self.stateless, ..Capabilities::default() }
     }
 
     fn lookup(&self, _ctx: &Context, parent: Ino, name: &[u8]) -> Result<Entry> {

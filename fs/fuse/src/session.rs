@@ -211,6 +211,8 @@ impl Pending {
     pub fn serve(self, fs: Arc<dyn FileSystem>, dir: &Path) -> io::Result<Session> {
         let Self { device, context, config, block } = self;
         let root = fs.root();
+        let mut attributes = config.attributes;
+        attributes.set(MountAttr::RDONLY, config.read_only || fs.capabilities().read_only);
         let dispatcher = Arc::new(Dispatcher::new(fs, &config));
         let device = Arc::new(device);
         let notifier = Notifier::new(Arc::downgrade(&device), root);
@@ -231,7 +233,7 @@ impl Pending {
             mount_point: dir.to_owned(),
             device: (0, 0),
         };
-        match attach(&context, &config, block, dir) {
+        match attach(&context, attributes, &config, block, dir) {
             Ok(device) => {
                 session.device = device;
                 Ok(session)
@@ -251,8 +253,14 @@ impl Pending {
 }
 
 /// Attaches the mount and gives its device number.
-fn attach(context: &FsContext, config: &Config, block: bool, dir: &Path) -> io::Result<(u32, u32)> {
-    let mount = context.mount(config.attributes)?;
+fn attach(
+    context: &FsContext,
+    attributes: MountAttr,
+    config: &Config,
+    block: bool,
+    dir: &Path,
+) -> io::Result<(u32, u32)> {
+    let mount = context.mount(attributes)?;
     let device = mount.device()?;
     // Device numbers of a file's metadata are libc's; both parts fit 32 bits.
     let device = (libc::major(device), libc::minor(device));
@@ -430,6 +438,11 @@ pub struct Session {
 }
 
 impl Session {
+    /// The filesystem's device number, major and minor, as the table of mounts has it.
+    pub fn device(&self) -> (u32, u32) {
+        self.device
+    }
+
     /// A way to tell the kernel of changes.
     pub fn notifier(&self) -> Notifier {
         self.notifier.clone()

@@ -241,6 +241,8 @@ pub struct Capabilities {
     /// arrives without the umask applied, and the filesystem applies `Context::umask`
     /// where no default ACL does.
     pub posix_acl: bool,
+    /// Nothing can be written, whatever was asked for: the front end mounts read-only.
+    pub read_only: bool,
 }
 
 /// An ioctl(2) of fixed size, on an open file or directory.
