@@ -745,10 +745,8 @@ impl FuserMount {
             gate: RwLock::new(None),
             fs,
         });
-        let config = Config {
-            read_only: config.read_only || capabilities.read_only,
-            ..config.clone()
-        };
+        let config =
+            Config { read_only: config.read_only || capabilities.read_only, ..config.clone() };
         let options = fuser_config(name, &config);
         match fuser::Session::new(Adapter(shared.clone()), dir, &options) {
             Ok(mut session) => {
