@@ -48,19 +48,25 @@ pub trait BlockDevice: Send + Sync {
     /// Submits many at once and waits for all of them; each comes back with its
     /// own [`Bio::status`], in no particular order. As for every batch nothing is
     /// promised about the order in which they are done.
-    fn submit_bios_wait(&self, mut bios: Vec<Bio>) -> Vec<Bio> {
-        let count = bios.len();
-        let (done, wait) = crossbeam_channel::bounded(count);
-        for bio in &mut bios {
-            let done = done.clone();
-            bio.set_end_io(move |bio| {
-                let _ = done.send(bio);
-            });
-        }
-        drop(done);
-        self.submit_bios(bios);
-        wait.iter().take(count).collect()
+    fn submit_bios_wait(&self, bios: Vec<Bio>) -> Vec<Bio> {
+        wait_for_all(self, bios)
     }
+}
+
+/// Submits a batch and waits until the last of its call-backs has come.
+pub(crate) fn wait_for_all<D: BlockDevice + ?Sized>(dev: &D, mut bios: Vec<Bio>) -> Vec<Bio> {
+    let count = bios.len();
+    let (done, wait) = crossbeam_channel::bounded(count);
+    for bio in &mut bios {
+        let done = done.clone();
+        bio.set_end_io(move |bio| {
+            // The receiver waits below, so the only error is its thread's panic.
+            let _ = done.send(bio);
+        });
+    }
+    drop(done);
+    dev.submit_bios(bios);
+    wait.iter().take(count).collect()
 }
 
 /// Submits a bio and waits for it; the bio comes back with its buffers.

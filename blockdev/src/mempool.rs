@@ -255,7 +255,10 @@ mod loom_tests {
 
     #[test]
     fn loom_no_wakeup_is_lost_with_one_element_and_three_takers() {
-        loom::model(|| {
+        let mut model = loom::model::Builder::new();
+        // All of them take a minute; a lost wakeup needs two preemptions.
+        model.preemption_bound = Some(3);
+        model.check(|| {
             let pool = Mempool::reserve_only(1, || 0u32);
             let threads: Vec<_> = (0..2)
                 .map(|_| {

@@ -5,6 +5,10 @@
 //! batch takes a small ring of its own from a pool, submits and reaps there, and
 //! no other thread wakes up for it.
 //!
+//! What would block in the kernel's own workers goes to threads of the sync engine:
+//! flushes, above all, of which a whole sequence (PREFLUSH, data, FUA) is then one
+//! hand-over and not three.
+//!
 //! The bound: [`DEPTH`] bios in the ring and [`MAX_QUEUED`] waiting for a place; a
 //! submitter that comes then waits, except an `end_io` in the reaper, which must
 //! not. No SQPOLL: on few cores its thread takes the time of those that work. No
@@ -60,7 +64,7 @@ pub(super) struct UringEngine {
 struct SharedRing {
     ring: IoUring,
     target: Arc<Target>,
-    /// Does what io_uring can't.
+    /// Does what io_uring can't, or not well.
     helper: SyncEngine,
     /// Held by who fills the submission queue or submits it.
     sq: Mutex<()>,
@@ -111,7 +115,15 @@ impl UringEngine {
 
 impl EngineQueue for UringEngine {
     fn submit(&self, bios: &mut dyn Iterator<Item = Bio>) {
-        flush::submit(&self.queue, bios);
+        let helper = &self.ring.helper;
+        let mut plain = bios.filter_map(|bio| {
+            if Flight::can_do(&bio) {
+                return Some(bio);
+            }
+            helper.submit(&mut std::iter::once(bio));
+            None
+        });
+        flush::submit(&self.queue, &mut plain);
     }
 
     fn submit_wait(&self, bios: Vec<Bio>) -> Result<Vec<Bio>, Vec<Bio>> {

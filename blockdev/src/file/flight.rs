@@ -38,9 +38,13 @@ pub(super) enum Landing {
 }
 
 impl Flight {
-    /// Whether io_uring can do the operation on every kind of file.
+    /// Whether the ring is the way for the bio: plain reads and writes, FUA included.
     pub(super) fn can_do(bio: &Bio) -> bool {
-        matches!(bio.op(), BioOp::Read | BioOp::Write | BioOp::Flush)
+        match bio.op() {
+            BioOp::Read => true,
+            BioOp::Write => !bio.flags().contains(BioFlags::PREFLUSH),
+            BioOp::Flush | BioOp::Discard | BioOp::WriteZeroes => false,
+        }
     }
 
     /// Takes a bio on board.
@@ -62,14 +66,12 @@ impl Flight {
         let iovecs = &self.iovecs[self.first..];
         // At most `max_segments`.
         let (ptr, count) = (iovecs.as_ptr(), iovecs.len() as u32);
-        let entry = match bio.op() {
-            BioOp::Read => opcode::Readv::new(FILE, ptr, count).offset(self.offset).build(),
-            BioOp::Write => {
-                let fua = bio.flags().contains(BioFlags::FUA);
-                let rwf = if fua { libc::RWF_DSYNC } else { 0 };
-                opcode::Writev::new(FILE, ptr, count).offset(self.offset).rw_flags(rwf).build()
-            }
-            _ => opcode::Fsync::new(FILE).flags(types::FsyncFlags::DATASYNC).build(),
+        let entry = if bio.op() == BioOp::Read {
+            opcode::Readv::new(FILE, ptr, count).offset(self.offset).build()
+        } else {
+            let fua = bio.flags().contains(BioFlags::FUA);
+            let rwf = if fua { libc::RWF_DSYNC } else { 0 };
+            opcode::Writev::new(FILE, ptr, count).offset(self.offset).rw_flags(rwf).build()
         };
         entry.user_data(user_data)
     }
@@ -90,7 +92,7 @@ impl Flight {
             }
         };
         match self.bio.take() {
-            Some(bio) if durable(&bio) => {
+            Some(bio) if bio.op() == BioOp::Write && bio.flags().contains(BioFlags::FUA) => {
                 let lost = target.flush_lost();
                 let status = if lost { Err(BlkStatus::IoErr) } else { target.note_flush(status) };
                 Landing::Done(bio, status)
@@ -119,9 +121,4 @@ impl Flight {
         self.again += 1;
         matches!(errno, libc::EINTR | libc::EAGAIN | libc::ECANCELED) && self.again < MAX_AGAIN
     }
-}
-
-/// Whether its success promises that data is durable.
-fn durable(bio: &Bio) -> bool {
-    bio.op() == BioOp::Flush || bio.flags().contains(BioFlags::FUA)
 }

@@ -22,7 +22,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::bio::Bio;
-use crate::device::BlockDevice;
+use crate::device::{BlockDevice, wait_for_all};
 use crate::limits::QueueLimits;
 use crate::status::BlkResult;
 
@@ -69,8 +69,8 @@ trait EngineQueue: Send + Sync {
     /// Takes bios that passed the limits' check; completes each once, from any thread.
     fn submit(&self, bios: &mut dyn Iterator<Item = Bio>);
 
-    /// Does a batch and waits for it; gives it back where waiting would be no quicker
-    /// than doing one after the other.
+    /// Does a batch and waits for it; gives it back where it has no quicker way than
+    /// `submit` and the call-backs.
     fn submit_wait(&self, bios: Vec<Bio>) -> Result<Vec<Bio>, Vec<Bio>> {
         Err(bios)
     }
@@ -159,7 +159,8 @@ impl BlockDevice for FileDevice {
         }
         match self.engine.submit_wait(bios) {
             Ok(bios) => bios,
-            Err(bios) => bios.into_iter().map(|bio| self.run_here(bio)).collect(),
+            Err(bios) if bios.len() < 2 => bios.into_iter().map(|bio| self.run_here(bio)).collect(),
+            Err(bios) => wait_for_all(self, bios),
         }
     }
 }
