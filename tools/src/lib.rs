@@ -1,1 +1,3 @@
 //! uext: mkfs, fsck, mount and more, one program
+
+pub mod fsck;

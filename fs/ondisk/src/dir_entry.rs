@@ -203,6 +203,11 @@ impl<'a> DirBlock<'a> {
         Self { bytes, format }
     }
 
+    /// The block's bytes.
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
     /// Where the entries end: at the tail, if the format has one.
     fn end(&self) -> usize {
         self.bytes.len().saturating_sub(if self.format.csum { TAIL_SIZE } else { 0 })
