@@ -1,0 +1,114 @@
+//! What one transaction holds, and what the journal knows of all of them.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Instant;
+
+use uext_pagecache::Buffer;
+
+use crate::error::JournalError;
+use crate::tid::Tid;
+
+/// Where a transaction stands on its way to the disk (`T_*`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TxState {
+    /// Takes handles.
+    Running,
+    /// Takes no new handles; waits for those it has.
+    Locked,
+    /// Its place in the log is taken; the next transaction may open.
+    Switch,
+    /// Its blocks go to the log.
+    Flush,
+    /// Its commit block goes to the log.
+    Commit,
+    /// Durable.
+    Finished,
+}
+
+/// The running transaction.
+pub(crate) struct Transaction {
+    pub(crate) tid: Tid,
+    pub(crate) state: TxState,
+    pub(crate) started: Instant,
+    /// Handles that have not stopped.
+    pub(crate) handles: u32,
+    /// Blocks it holds, and those its handles may still add.
+    pub(crate) outstanding: u32,
+    /// Blocks to log, by number.
+    pub(crate) buffers: BTreeMap<u64, Buffer>,
+    /// Blocks it freed: nothing logged before it may be replayed over them.
+    pub(crate) revoked: BTreeSet<u64>,
+    /// Buffers of blocks it freed, which older transactions may still need if it
+    /// never commits.
+    pub(crate) forgotten: BTreeMap<u64, Buffer>,
+}
+
+impl Transaction {
+    pub(crate) fn new(tid: Tid) -> Self {
+        Self {
+            tid,
+            state: TxState::Running,
+            started: Instant::now(),
+            handles: 0,
+            outstanding: 0,
+            buffers: BTreeMap::new(),
+            revoked: BTreeSet::new(),
+            forgotten: BTreeMap::new(),
+        }
+    }
+
+    /// Whether committing it would change nothing.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.buffers.is_empty() && self.revoked.is_empty() && self.forgotten.is_empty()
+    }
+}
+
+/// A committed transaction some of whose blocks may not be home yet.
+pub(crate) struct Checkpoint {
+    pub(crate) tid: Tid,
+    /// First block of the log it uses, and how many.
+    pub(crate) log_start: u32,
+    pub(crate) log_blocks: u32,
+    /// Blocks not home, unless a newer transaction took them over.
+    pub(crate) buffers: BTreeMap<u64, Buffer>,
+}
+
+/// Everything under the journal's list lock.
+pub(crate) struct State {
+    pub(crate) running: Option<Transaction>,
+    /// The transaction being committed; set from the lock of the running one until
+    /// its call-backs are through.
+    pub(crate) committing: Option<(Tid, TxState)>,
+    /// Number of the next transaction.
+    pub(crate) next_tid: Tid,
+    /// The last durable transaction.
+    pub(crate) committed: Tid,
+    /// Next free block of the log.
+    pub(crate) head: u32,
+    /// Blocks of the log not in use.
+    pub(crate) free: u32,
+    /// Committed transactions, oldest first.
+    pub(crate) checkpoints: VecDeque<Checkpoint>,
+    /// While not 0 no handle starts.
+    pub(crate) barriers: u32,
+    pub(crate) aborted: Option<JournalError>,
+    pub(crate) closed: bool,
+}
+
+impl State {
+    /// Takes a block out of the list of an older transaction.
+    pub(crate) fn leave_checkpoint(&mut self, tid: Tid, block: u64) {
+        if let Some(old) = self.checkpoints.iter_mut().find(|old| old.tid == tid) {
+            old.buffers.remove(&block);
+        }
+    }
+
+    /// Why nothing may be started, if so.
+    pub(crate) fn refusal(&self) -> Option<JournalError> {
+        match &self.aborted {
+            Some(why) => Some(why.as_aborted()),
+            None if self.closed => Some(JournalError::Closed),
+            None => None,
+        }
+    }
+}
