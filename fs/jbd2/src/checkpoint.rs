@@ -191,7 +191,8 @@ impl Journal {
             Some(oldest) => (oldest.tid, oldest.log_start),
             None => {
                 // What comes next begins behind the last one.
-                let last = state.checkpoints.back().map(|old| (old.tid, old.log_start, old.log_blocks));
+                let last =
+                    state.checkpoints.back().map(|old| (old.tid, old.log_start, old.log_blocks));
                 let Some((tid, start, blocks)) = last else { return Ok(()) };
                 (tid.wrapping_add(1), log.advance(start, blocks))
             }

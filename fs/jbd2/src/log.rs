@@ -14,9 +14,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
-use uext_blockdev::{
-    AlignedBuf, Bio, BioFlags, BioOp, BioVec, BlkStatus, BlockDevice, Sector,
-};
+use uext_blockdev::{AlignedBuf, Bio, BioFlags, BioOp, BioVec, BlkStatus, BlockDevice, Sector};
 use uext_ondisk::jbd2::{
     BlockType, CommitBlock, DescriptorWriter, JournalCompat, JournalIncompat, JournalSuperblock,
     RawJournalSuperblock, RevokeWriter, TagFormat, edit_superblock_with,
@@ -318,7 +316,10 @@ impl LogWriter<'_> {
             } else {
                 0
             };
-            assert!(descriptor.push(block.into(), escaped, checksum), "the group fits its descriptor");
+            assert!(
+                descriptor.push(block.into(), escaped, checksum),
+                "the group fits its descriptor"
+            );
         }
         descriptor.finish(seed);
         Ok(())
@@ -371,9 +372,7 @@ impl LogWriter<'_> {
         let bios = self.bios(self.log.flags(BioFlags::PREFLUSH | BioFlags::FUA))?;
         for bio in bios {
             let done = self.log.device.submit_bio_wait(bio);
-            done.map_err(|status| {
-                JournalError::io(IoWhat::WriteLog, self.start.into(), status)
-            })?;
+            done.map_err(|status| JournalError::io(IoWhat::WriteLog, self.start.into(), status))?;
         }
         self.used = 0;
         Ok(())

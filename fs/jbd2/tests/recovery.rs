@@ -123,12 +123,12 @@ struct Variant {
 }
 
 const VARIANTS: [Variant; 5] = [
+    Variant { name: "v1 tags", mkfs: &["-b", "1024", "-O", "^64bit,^metadata_csum"], open: "jo" },
     Variant {
-        name: "v1 tags",
-        mkfs: &["-b", "1024", "-O", "^64bit,^metadata_csum"],
+        name: "64-bit tags",
+        mkfs: &["-b", "4096", "-O", "64bit,^metadata_csum"],
         open: "jo",
     },
-    Variant { name: "64-bit tags", mkfs: &["-b", "4096", "-O", "64bit,^metadata_csum"], open: "jo" },
     Variant {
         name: "csum v2",
         mkfs: &["-b", "1024", "-O", "64bit,metadata_csum"],
