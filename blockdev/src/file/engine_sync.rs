@@ -1,9 +1,10 @@
 //! The sync engine: `preadv2` and `pwritev2` on a few threads.
 //!
 //! Works everywhere, and carries what io_uring can't do (discard and zeroing of
-//! block devices). The bound: at most [`MAX_WORKERS`] threads, started as they
-//! are needed, and [`MAX_QUEUED`] bios waiting for them; a submitter that comes
-//! then waits, except a worker's own `end_io`, which must not.
+//! block devices). The bound: a fixed number of threads, started all with the first
+//! bio, so that later ones allocate nothing, and [`MAX_QUEUED`] bios waiting for
+//! them; a submitter that comes then waits, except a worker's own `end_io`, which
+//! must not.
 //!
 //! Locks: `queue`, never held over a system call or an `end_io`.
 
@@ -19,8 +20,10 @@ use super::target::Target;
 use crate::bio::Bio;
 use crate::status::BlkStatus;
 
-/// Threads of one device.
-const MAX_WORKERS: usize = 8;
+/// Threads of one device that has no other engine.
+pub(super) const WORKERS: usize = 8;
+/// Threads that help another engine.
+pub(super) const HELPERS: usize = 3;
 /// Bios that wait for a thread before submitters wait.
 const MAX_QUEUED: usize = 1024;
 
@@ -30,6 +33,7 @@ pub(super) struct SyncEngine {
 
 struct Shared {
     target: Arc<Target>,
+    max_workers: usize,
     queue: Mutex<Queue>,
     /// There are bios, or the end has come.
     work: Condvar,
@@ -40,16 +44,16 @@ struct Shared {
 #[derive(Default)]
 struct Queue {
     bios: VecDeque<Bio>,
-    /// Workers waiting for `work`.
-    idle: usize,
     workers: Vec<JoinHandle<()>>,
     stopping: bool,
 }
 
 impl SyncEngine {
-    pub(super) fn new(target: Arc<Target>) -> Self {
-        let queue = Mutex::default();
-        let shared = Shared { target, queue, work: Condvar::new(), room: Condvar::new() };
+    pub(super) fn new(target: Arc<Target>, max_workers: usize) -> Self {
+        let queue = Queue { bios: VecDeque::with_capacity(MAX_QUEUED), ..Queue::default() };
+        let queue = Mutex::new(queue);
+        let shared =
+            Shared { target, max_workers, queue, work: Condvar::new(), room: Condvar::new() };
         Self { shared: Arc::new(shared) }
     }
 }
@@ -64,8 +68,8 @@ impl EngineQueue for SyncEngine {
                 self.shared.room.wait(&mut queue);
             }
             queue.bios.push_back(bio);
-            if queue.bios.len() > queue.idle && queue.workers.len() < MAX_WORKERS {
-                self.start_worker(&mut queue);
+            if queue.workers.is_empty() {
+                self.start_workers(&mut queue);
             }
             let stranded = if queue.workers.is_empty() { queue.bios.pop_back() } else { None };
             drop(queue);
@@ -83,12 +87,14 @@ impl EngineQueue for SyncEngine {
 }
 
 impl SyncEngine {
-    fn start_worker(&self, queue: &mut Queue) {
-        let shared = self.shared.clone();
-        let name = format!("blk-sync-{}", queue.workers.len());
-        match thread::Builder::new().name(name).spawn(move || shared.work()) {
-            Ok(worker) => queue.workers.push(worker),
-            Err(error) => log::warn!("no further I/O thread: {error}"),
+    fn start_workers(&self, queue: &mut Queue) {
+        for number in 0..self.shared.max_workers {
+            let shared = self.shared.clone();
+            let name = format!("blk-sync-{number}");
+            match thread::Builder::new().name(name).spawn(move || shared.work()) {
+                Ok(worker) => queue.workers.push(worker),
+                Err(error) => return log::warn!("no further I/O thread: {error}"),
+            }
         }
     }
 }
@@ -102,6 +108,7 @@ impl Queue {
 impl Shared {
     /// A worker's life: until the queue is empty and the end has come.
     fn work(&self) {
+        self.target.prepare_thread();
         while let Some(bio) = self.next() {
             let result = self.target.run(&bio);
             complete(bio, result);
@@ -118,9 +125,7 @@ impl Shared {
             if queue.stopping {
                 return None;
             }
-            queue.idle += 1;
             self.work.wait(&mut queue);
-            queue.idle -= 1;
         }
     }
 }

@@ -34,7 +34,7 @@ use io_uring::{EnterFlags, IoUring, opcode};
 use parking_lot::{Condvar, Mutex};
 
 use super::EngineQueue;
-use super::engine_sync::SyncEngine;
+use super::engine_sync::{HELPERS, SyncEngine};
 use super::flight::{Flight, Landing};
 use super::target::Target;
 use crate::bio::Bio;
@@ -90,7 +90,7 @@ impl UringEngine {
         let ring = IoUring::builder().setup_submit_all().build(DEPTH + 1)?;
         ring.submitter().register_files(&[target.fd()])?;
         let slab = Slab {
-            flights: (0..DEPTH).map(|_| Flight::default()).collect(),
+            flights: (0..DEPTH).map(|_| Flight::new(&target)).collect(),
             free: (0..DEPTH).rev().collect(),
             again: Vec::with_capacity(DEPTH as usize),
             queued: VecDeque::with_capacity(MAX_QUEUED),
@@ -98,7 +98,7 @@ impl UringEngine {
         };
         let ring = Arc::new(SharedRing {
             ring,
-            helper: SyncEngine::new(target.clone()),
+            helper: SyncEngine::new(target.clone(), HELPERS),
             target,
             sq: Mutex::new(()),
             slab: Mutex::new(slab),
@@ -303,7 +303,7 @@ impl BatchRing {
         ring.submitter().register_files(&[target.fd()])?;
         Ok(Self {
             ring,
-            flights: (0..BATCH_DEPTH).map(|_| Flight::default()).collect(),
+            flights: (0..BATCH_DEPTH).map(|_| Flight::new(target)).collect(),
             free: (0..BATCH_DEPTH).rev().collect(),
         })
     }

@@ -15,7 +15,6 @@ use crate::status::{BlkResult, BlkStatus};
 const FILE: types::Fixed = types::Fixed(0);
 
 /// A place for one bio in a ring; kept and used again.
-#[derive(Default)]
 pub(super) struct Flight {
     bio: Option<Bio>,
     iovecs: Vec<libc::iovec>,
@@ -38,6 +37,12 @@ pub(super) enum Landing {
 }
 
 impl Flight {
+    /// An empty one, with room for the largest request: later ones allocate nothing.
+    pub(super) fn new(target: &Target) -> Self {
+        let iovecs = Vec::with_capacity(target.limits.max_segments.into());
+        Self { bio: None, iovecs, first: 0, offset: 0, again: 0 }
+    }
+
     /// Whether the ring is the way for the bio: plain reads and writes, FUA included.
     pub(super) fn can_do(bio: &Bio) -> bool {
         match bio.op() {

@@ -26,7 +26,7 @@ use crate::device::{BlockDevice, wait_for_all};
 use crate::limits::QueueLimits;
 use crate::status::BlkResult;
 
-use engine_sync::SyncEngine;
+use engine_sync::{SyncEngine, WORKERS};
 use engine_uring::UringEngine;
 pub use open::OpenError;
 use target::Target;
@@ -118,7 +118,7 @@ impl FileDevice {
 
 /// The engine that was asked for, or the best one.
 fn make_engine(target: &Arc<Target>, engine: Engine) -> io::Result<Box<dyn EngineQueue>> {
-    let sync = || Box::new(SyncEngine::new(target.clone()));
+    let sync = || Box::new(SyncEngine::new(target.clone(), WORKERS));
     if engine == Engine::Sync {
         return Ok(sync());
     }

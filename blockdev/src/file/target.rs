@@ -75,6 +75,11 @@ impl Target {
         self.file.as_raw_fd()
     }
 
+    /// Takes the memory that this thread will need for bios, before the first.
+    pub(super) fn prepare_thread(&self) {
+        IOVECS.with_borrow_mut(|iovecs| iovecs.reserve(self.limits.max_segments.into()));
+    }
+
     /// Does a bio that [`QueueLimits::check`] let pass, in the calling thread:
     /// flush before, the operation, durability after.
     pub(super) fn run(&self, bio: &Bio) -> BlkResult<()> {
@@ -302,5 +307,57 @@ fn retry(mut call: impl FnMut() -> isize) -> BlkResult<usize> {
                 return Err(BlkStatus::from_errno(errno));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::Sector;
+
+    fn target(direct: bool) -> Target {
+        let file = tempfile::tempfile().expect("a temporary file");
+        file.set_len(4096).expect("room for it");
+        Target::new(file, Kind::Image, direct, QueueLimits::new(Sector(8)))
+    }
+
+    fn fua_write() -> Bio {
+        let mut bio = Bio::new(BioOp::Write, BioFlags::FUA, Sector(0));
+        bio.add_vec(BioVec::whole(Arc::new(AlignedBuf::new(512))));
+        bio
+    }
+
+    /// The kernel reports a page it could not write once, and then calls it clean:
+    /// the second fsync succeeds over lost data.
+    #[test]
+    fn a_flush_lost_in_the_page_cache_stays_lost() {
+        let target = target(false);
+        assert_eq!(target.run(&Bio::flush()), Ok(()));
+
+        assert_eq!(target.note_flush(Err(BlkStatus::NoSpc)), Err(BlkStatus::NoSpc));
+
+        assert_eq!(target.run(&Bio::flush()), Err(BlkStatus::IoErr));
+        assert_eq!(target.run(&fua_write()), Err(BlkStatus::IoErr));
+    }
+
+    #[test]
+    fn a_flush_that_failed_past_the_page_cache_may_be_tried_again() {
+        let target = target(true);
+        assert_eq!(target.note_flush(Err(BlkStatus::IoErr)), Err(BlkStatus::IoErr));
+        assert_eq!(target.run(&Bio::flush()), Ok(()));
+        assert_eq!(target.run(&fua_write()), Ok(()));
+    }
+
+    #[test]
+    fn advance_stops_inside_an_iovec() {
+        let mut data = [0u8; 30];
+        let base = data.as_mut_ptr();
+        let part = |at: usize| libc::iovec { iov_base: base.wrapping_add(at).cast(), iov_len: 10 };
+        let mut iovecs = [part(0), part(10), part(20)];
+
+        assert_eq!(advance(&mut iovecs, 13), 1);
+        assert_eq!((iovecs[1].iov_base.addr(), iovecs[1].iov_len), (base.addr() + 13, 7));
+        assert_eq!(advance(&mut iovecs[1..], 7), 1);
+        assert_eq!(advance(&mut iovecs[2..], 10), 1);
     }
 }
