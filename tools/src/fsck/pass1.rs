@@ -349,8 +349,8 @@ fn check_bad_blocks(
     let raw = inode.raw();
     let invalid = bad_csum
         || inode.mode() != 0
-        || inode.uid() != 0
-        || inode.gid() != 0
+        || raw.i_uid.get() != 0
+        || raw.i_gid.get() != 0
         || inode.links_count() != 0
         || inode.flags().contains(InodeFlags::INLINE_DATA)
         || raw.i_file_acl_lo.get() != 0;
@@ -360,13 +360,7 @@ fn check_bad_blocks(
     ctx.set_flag(ino, InodeState::USED);
     let volume = Volume::new(ctx.dev, &ctx.sb);
     let mut followed = std::collections::HashSet::new();
-    let tables: Vec<(u64, u64)> = (0..ctx.sb.groups_count())
-        .map(|group| {
-            let table = ctx.desc(group).inode_table().0;
-            (table, table.saturating_add(ctx.sb.inode_table_blocks().into()))
-        })
-        .collect();
-    let in_table = |block: u64| tables.iter().any(|&(first, end)| first <= block && block < end);
+    let vital = vital_blocks(ctx);
     walk(volume, ino, inode, pass.features.extents(), &mut |event| match event {
         Event::Bad(Code::IllegalBlock, at) => {
             ctx.problem(Code::BadBlockIllegal, at);
@@ -386,15 +380,46 @@ fn check_bad_blocks(
         }
         Event::Run { block, len, .. } => {
             for block in block..block + len {
-                // The inode scan of a bad table block fails by itself.
-                if ctx.used.insert(ctx.cluster(block)) && !in_table(block) {
-                    let what = if ctx.metadata.contains(block) { "metadata" } else { "a file" };
-                    ctx.problem(Code::BadBlockMetadata, At::ino(ino).blk(block).text(what));
+                let at = At::ino(ino).blk(block);
+                if !ctx.used.insert(ctx.cluster(block)) {
+                    continue;
+                }
+                if vital.contains(&block) {
+                    ctx.problem(Code::BadBlockMetadata, at.text("metadata"));
+                } else {
+                    ctx.problem(Code::BadBlockSpare, at);
                 }
             }
             Flow::Skip
         }
     });
+}
+
+/// Metadata without which a filesystem does not work: the primary superblock and
+/// descriptors, and the bitmaps. A bad block of an inode table fails by itself.
+fn vital_blocks(ctx: &Context<'_, '_>) -> std::collections::HashSet<u64> {
+    let first = ctx.sb.first_data_block().0;
+    let mut blocks: std::collections::HashSet<u64> =
+        (first..=first + u64::from(ctx.sb.gdt_blocks())).collect();
+    for group in 0..ctx.sb.groups_count() {
+        let desc = ctx.desc(group);
+        blocks.extend([desc.block_bitmap().0, desc.inode_bitmap().0]);
+    }
+    blocks
+}
+
+/// Whether an inode says how it is encrypted.
+fn has_encryption_context(ctx: &Context<'_, '_>, inode: InodeRef<'_>) -> bool {
+    const ENCRYPTION: NameIndex = NameIndex(9);
+    let extra = usize::from(inode.extra_isize());
+    let body = inode.bytes().get(128 + extra..).and_then(|bytes| XattrArea::ibody(bytes).ok()?);
+    if body.is_some_and(|area| area.get(ENCRYPTION, b"c").is_some()) {
+        return true;
+    }
+    let block = inode.file_acl(ctx.sb.features()).0;
+    let bytes = if block == 0 { None } else { ctx.read_block(block) };
+    let area = bytes.as_deref().and_then(|bytes| XattrArea::block(bytes).ok());
+    area.is_some_and(|area| area.get(ENCRYPTION, b"c").is_some())
 }
 
 /// An inode in use that is not the filesystem's own.
@@ -412,6 +437,9 @@ fn check_used(ctx: &mut Context<'_, '_>, pass: &mut Pass1, ino: u32, inode: Inod
     let extents = pass.features.extents() && inode.flags().contains(InodeFlags::EXTENTS);
     if extents && inode.is_symlink() && !has_blocks(inode, pass.features) {
         ctx.problem(Code::FastSymlinkExtents, At::ino(ino));
+    }
+    if inode.flags().contains(InodeFlags::ENCRYPT) && !has_encryption_context(ctx, inode) {
+        ctx.problem(Code::NoEncryptionContext, At::ino(ino));
     }
     match inode.file_type() {
         Some(FileType::Directory) => {
@@ -539,11 +567,10 @@ fn check_special_file(ctx: &mut Context<'_, '_>, ino: u32, inode: InodeRef<'_>) 
     let flags = inode.flags();
     let locked = flags.intersects(InodeFlags::IMMUTABLE | InodeFlags::APPEND);
     let junk = inode.i_block()[16..].iter().any(|&byte| byte != 0);
-    if flags.contains(InodeFlags::INDEX) || (locked && junk) {
+    if flags.intersects(InodeFlags::INDEX | InodeFlags::EXTENTS) || (locked && junk) {
         return bad_field(ctx, ino, "the special file has blocks or an index".into());
     }
-    let maps = InodeFlags::EXTENTS | InodeFlags::INLINE_DATA;
-    if flags.intersects(maps) {
+    if flags.contains(InodeFlags::INLINE_DATA) {
         ctx.problem(Code::SpecialFlags, At::ino(ino).num(flags.bits()));
     }
     check_immutable(ctx, ino, inode);

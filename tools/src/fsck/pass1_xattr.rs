@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 
-use uext_ondisk::FsBlock;
 use uext_ondisk::features::{Compat, Incompat};
 use uext_ondisk::inode::InodeRef;
 use uext_ondisk::xattr::{
     IBODY_HEADER, XattrArea, XattrEntry, XattrValue, entry_hash, entry_hash_signed,
 };
+use uext_ondisk::{FsBlock, InodeNumber};
 
 use super::context::{Context, InodeState};
 use super::pass1_blocks::{Claims, claim_one};
@@ -57,7 +57,9 @@ pub fn check_block(
     let on = ctx.sb.features().compat.contains(Compat::EXT_ATTR);
     if !on || !ctx.is_fs_block(number) {
         let text = format!("attribute block {number} cannot be");
-        ctx.problem(Code::BadField, At::ino(ino).text(text));
+        let own = ino < ctx.sb.first_ino().0 && ino != InodeNumber::ROOT.0;
+        let code = if own { Code::ReservedField } else { Code::BadField };
+        ctx.problem(code, At::ino(ino).text(text));
         ctx.set_flag(ino, InodeState::BAD);
         return 0;
     }

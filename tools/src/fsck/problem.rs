@@ -153,6 +153,10 @@ problems! {
         "inode {ino}: inode {num} cannot hold an attribute's value";
     XattrValueFeature = 0x010044, Warning,
         "inode {ino}: inode {num} holds an attribute's value without the ea_inode feature";
+    NoEncryptionContext = 0x010045, Error, "inode {ino} is encrypted without a policy";
+    BadBlockSpare = 0x010046, Warning,
+        "inode {ino}: bad block {blk} lies in an inode table or spare metadata";
+    ReservedField = 0x010047, Warning, "inode {ino} is reserved: {text}";
     IllegalBlock = 0x010029, Error,
         "inode {ino}: block {blk} (block {num} of the file) is outside the filesystem";
     TooBig = 0x01002A, Error, "inode {ino}: block {num} is beyond what its type can have";
@@ -262,7 +266,7 @@ problems! {
     // The orphan file.
     OrphanWithoutJournal = 0x060001, Error, "superblock: orphan_file without has_journal";
     OrphanFileBad = 0x060002, Error, "inode {ino}: the orphan file is invalid: {text}";
-    OrphanPresentClean = 0x060003, Warning, "superblock: orphan_present, and no orphan";
+    OrphanPresentClean = 0x060003, Error, "superblock: orphan_present, and no orphan";
     OrphanPresentNoFile = 0x060004, Error, "superblock: orphan_present without orphan_file";
 }
 
