@@ -365,6 +365,13 @@ fn writers_syncers_and_reclaim_together_lose_nothing() {
             });
         }
         s.spawn(|| (0..50).for_each(|_| cache.write_dirty().unwrap_or(())));
+        s.spawn(|| {
+            let mut rng = Rng::new(seed + 100);
+            for _ in 0..3000 {
+                cache.readahead(rng.below(BLOCKS), 40);
+                cache.drop_clean();
+            }
+        });
     });
     let expect: Vec<u8> = (0..BLOCKS).map(|b| cache.bread(b).unwrap().read()[0]).collect();
     dev.fail_writes(0);

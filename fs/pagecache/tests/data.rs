@@ -12,8 +12,8 @@ use common::{Allocator, Inode, SlowDevice, eventually, quiet_cache, small_cache}
 use parking_lot::Mutex;
 use uext_blockdev::{BlockDevice, MemoryDevice};
 use uext_pagecache::{
-    AddressSpace, AddressSpaceOps, CacheConfig, Change, ChangeListener, PAGE_SIZE, PageCache,
-    WritebackControl, WritebackError,
+    AddressSpace, AddressSpaceOps, Buffer, BufferCache, CacheConfig, Change, ChangeListener,
+    PAGE_SIZE, PageCache, WritebackControl, WritebackError,
 };
 
 const MIB: usize = 1 << 20;
@@ -270,14 +270,18 @@ fn the_limit_holds_for_a_stream_of_writes_far_larger_than_it() {
     let cache = quiet_cache(MIB);
     let dev = SlowDevice::new(64 * MIB as u64, 2);
     let inode = inode_on(&cache, dev.clone());
-    let mut most = 0;
+    let (mut most, mut dirty) = (0, 0);
     for i in 0..4000 {
         inode.write_page(i, i + 1);
         inode.mapping().balance_dirty();
-        most = most.max(cache.stats().used_bytes);
+        let stats = cache.stats();
+        most = most.max(stats.used_bytes);
+        // Counted one after the other, so a page on its way may be seen twice.
+        dirty = dirty.max(stats.dirty_pages + stats.writeback_pages);
     }
     let stats = cache.stats();
     assert!(most <= MIB, "{most} bytes at the worst; {stats:?}");
+    assert!(dirty <= 110, "{dirty} of 256 pages dirty at the worst, the limit is 102");
     assert!(stats.throttled > 0 && stats.evicted > 3000, "{stats:?}");
     cache.sync_all().unwrap();
     assert!((0..4000).all(|i| inode.disk_page(i) == i + 1));
@@ -354,8 +358,49 @@ fn one_frame_mapped_twice_is_counted_once_and_reclaimed_from_both() {
 
     a.read_page(1);
     b.mapping().insert_shared(5, &a.mapping().find(1).unwrap());
+    let frame = a.mapping().find(1).unwrap().frame().clone();
+    b.mapping().truncate(5);
+    assert_eq!(frame.map_count(), 1);
+    b.mapping().insert_shared(6, &a.mapping().find(1).unwrap());
+    assert_eq!(frame.map_count(), 2);
     a.mapping.write().take();
-    assert_eq!(b.mapping().find(5).unwrap().frame().map_count(), 1);
+    assert_eq!(frame.map_count(), 1);
+    b.mapping().invalidate(0..10);
+    assert_eq!(frame.map_count(), 0);
+}
+
+#[test]
+fn a_page_somebody_holds_is_not_evicted() {
+    let cache = quiet_cache(MIB);
+    let inode = inode(&cache);
+    inode.read_page(3);
+    let held = inode.mapping().find(3).unwrap();
+    cache.drop_clean();
+    assert!(Arc::ptr_eq(&held, &inode.mapping().find(3).unwrap()));
+}
+
+#[test]
+fn frames_of_all_sizes_lie_beside_each_other() {
+    let cache = quiet_cache(8 * MIB);
+    let disk: Arc<dyn BlockDevice> = MemoryDevice::new(64 * MIB as u64);
+    let large = BufferCache::new(&cache, disk.clone(), 16384);
+    let small = BufferCache::new(&cache, disk, 1024);
+    let inode = inode(&cache);
+    let fill = |buffer: &Buffer, byte: u8| {
+        buffer.write().fill(byte);
+        buffer.set_uptodate();
+    };
+    for i in 0..200_u8 {
+        fill(&large.getblk(u64::from(i)), i);
+        fill(&small.getblk(u64::from(i)), i ^ 0xff);
+        inode.write_page(u64::from(i), u64::from(i) + 1000);
+    }
+    for i in 0..200_u8 {
+        assert!(large.find(u64::from(i)).unwrap().read().iter().all(|&b| b == i));
+        assert!(small.find(u64::from(i)).unwrap().read().iter().all(|&b| b == i ^ 0xff));
+        assert_eq!(inode.read_page(u64::from(i)), u64::from(i) + 1000);
+    }
+    assert_eq!(cache.stats().used_bytes, 200 * (16384 + 1024 + PAGE_SIZE));
 }
 
 #[test]
