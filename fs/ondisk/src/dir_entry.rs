@@ -131,9 +131,10 @@ pub struct DirFormat {
     pub inodes_count: u32,
 }
 
-/// The bytes an entry with a name of `name_len` bytes needs.
+/// The bytes an entry with a name of `name_len` bytes needs: at least those of a
+/// name of one byte, since nothing shorter may follow another entry.
 pub fn entry_size(name_len: usize) -> usize {
-    (ENTRY_HEADER + name_len).next_multiple_of(4)
+    (ENTRY_HEADER + name_len.max(1)).next_multiple_of(4)
 }
 
 /// `rec_len` from disk: blocks of 64 KiB and more keep the two high bits in the low ones.

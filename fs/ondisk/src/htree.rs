@@ -446,7 +446,10 @@ pub fn convert_to_index(
             _ => {}
         }
     }
-    let good = dots.len() == 2 && dots[0].1 == b"." && dots[1].1 == b"..";
+    let good = dots.len() == 2
+        && dots[0].1 == b"."
+        && dots[1].1 == b".."
+        && dots.iter().all(|dot| dot.0.0 != 0);
     let limit = capacity(block.len(), ROOT_INFO + 8, format.csum);
     if !good || limit < 2 || leaf.len() != block.len() || leaf_number.0 > BLOCK_MASK {
         return Err(Corrupt::value(WHAT, "block 0 does not begin with `.` and `..`"));

@@ -282,6 +282,10 @@ fn entry_at(bytes: &[u8], base: usize, at: usize) -> Result<(XattrEntry<'_>, usi
         .and_then(|rest| RawXattrEntry::ref_from_prefix(rest).ok())
         .ok_or_else(|| bad("cut off".into()))?;
     let name_len = usize::from(raw.e_name_len);
+    // Written back with an empty value it would read as the end of the entries.
+    if name_len == 0 && raw.e_name_index == 0 {
+        return Err(bad("neither prefix nor name".into()));
+    }
     let next = at + entry_size(name_len);
     let name = rest.get(..name_len).ok_or_else(|| bad(format!("name_len is {name_len}")))?;
     if next > bytes.len() {

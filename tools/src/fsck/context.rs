@@ -110,6 +110,8 @@ impl BitSet {
 pub struct InodeState {
     /// `InodeState::USED` and its kin.
     pub flags: u8,
+    /// The type an entry should name (`FileType::raw`).
+    pub kind: u8,
     /// `i_links_count`.
     pub links: u16,
     /// Entries that lead to it.

@@ -41,9 +41,15 @@ fn check_file(ctx: &Context<'_, '_>, ino: u32) -> Result<(), String> {
     let runs = collect_runs(volume, ino, inode, ctx.sb.features().extents())
         .ok_or("its block map is damaged")?;
     let blocks = inode.raw_size() / block_size;
+    if blocks > ctx.sb.blocks_count() {
+        return Err(format!("its size is {}", inode.raw_size()));
+    }
     let seed = inode.csum_seed(ctx.sb.csum_seed(), ino.into());
     let mut next = 0;
     for (logical, start, len) in runs {
+        if logical >= blocks {
+            return Err(format!("block {logical} lies past its end"));
+        }
         if logical != next {
             return Err(format!("block {next} is missing"));
         }

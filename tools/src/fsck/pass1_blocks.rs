@@ -5,6 +5,8 @@
 //! filesystem, and blocks claimed more than once have a budget; together they
 //! bound the work by the size of the device, whatever the maps say.
 
+use std::collections::HashSet;
+
 use uext_ondisk::features::RoCompat;
 use uext_ondisk::inode::{InodeFlags, InodeRef};
 
@@ -28,7 +30,7 @@ pub struct Claims {
 impl Claims {
     /// For a filesystem of `blocks` blocks.
     pub fn new(blocks: u64) -> Self {
-        Self { budget: blocks.saturating_add(1 << 16), exhausted: false }
+        Self { budget: blocks.saturating_add(1 << 12), exhausted: false }
     }
 }
 
@@ -43,8 +45,10 @@ pub struct BlockCount {
     pub written_end: u64,
     /// The directory's blocks have gaps.
     pub holes: bool,
-    /// The cluster of the last block met and that block of the file.
+    /// The last cluster met, and which cluster of the file it is.
     last: Option<(u64, u64)>,
+    /// Map blocks of the resize inode, which no claim keeps from being followed twice.
+    followed: HashSet<u64>,
 }
 
 /// Walks an inode's map and claims its blocks.
@@ -94,7 +98,8 @@ fn claim_map(
         if level == 2 {
             claim_one(ctx, claims, ino, block);
         }
-        return if level <= 2 { Flow::Follow } else { Flow::Skip };
+        let follow = level <= 2 && count.followed.insert(block);
+        return if follow { Flow::Follow } else { Flow::Skip };
     }
     let place = At::ino(ino).blk(block);
     if ctx.metadata.contains(block) {
@@ -264,7 +269,7 @@ fn check_size(ctx: &mut Context<'_, '_>, ino: u32, inode: InodeRef<'_>, count: &
         let blocks = size / block_size;
         let spare = count.end.saturating_sub(blocks);
         !flags.contains(InodeFlags::INLINE_DATA)
-            && (size % block_size != 0
+            && (!size.is_multiple_of(block_size)
                 || blocks > count.end
                 || spare > u64::from(ctx.sb.raw().s_prealloc_dir_blocks))
     } else if inode.is_symlink() {

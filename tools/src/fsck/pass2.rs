@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 
-use uext_ondisk::dir_entry::{DirBlock, DirEntry, DirFormat, FileType};
+use uext_ondisk::dir_entry::{DirBlock, DirEntry, DirFormat};
 use uext_ondisk::group_desc::GroupFlags;
 use uext_ondisk::inode::InodeRef;
 
@@ -285,21 +285,14 @@ fn check_file_type(ctx: &mut Context<'_, '_>, dir: &Dir, entry: &DirEntry<'_>) {
         return;
     }
     let state = ctx.inode(entry.inode.0);
-    let should = if state.is(InodeState::DIR) {
-        FileType::Directory
-    } else if state.is(InodeState::REG) {
-        FileType::Regular
-    } else if state.is(InodeState::BAD) || !state.is(InodeState::USED) {
+    if state.is(InodeState::BAD) || !state.is(InodeState::USED) {
         // Its type means nothing; that it is bad or unused was said.
         return;
-    } else {
-        let bytes = ctx.read_inode(entry.inode.0);
-        let mode = bytes.as_deref().and_then(|bytes| InodeRef::new(bytes).ok().map(|i| i.mode()));
-        FileType::from_mode(mode.unwrap_or(0))
-    };
-    if entry.file_type != should.raw() {
+    }
+    let should = state.kind;
+    if entry.file_type != should {
         let code = if entry.file_type == 0 { Code::FiletypeUnset } else { Code::Filetype };
-        ctx.problem(code, at().num(entry.file_type).num2(should.raw()));
+        ctx.problem(code, at().num(entry.file_type).num2(should));
     }
 }
 

@@ -8,7 +8,7 @@ use uext_ondisk::GroupNumber;
 use uext_ondisk::bitmap;
 use uext_ondisk::group_desc::GroupFlags;
 
-use super::context::{Context, InodeState};
+use super::context::{BitSet, Context, InodeState};
 use super::problem::{At, Code};
 
 /// Differences named in one message.
@@ -35,24 +35,22 @@ pub fn run(ctx: &mut Context<'_, '_>) {
     }
 }
 
-/// Metadata of groups without a bitmap, which may lie in any group; sorted.
-fn metadata_of_uninit_groups(ctx: &Context<'_, '_>) -> Vec<(u64, u64)> {
-    let mut ranges = Vec::new();
+/// Metadata of groups without a bitmap, which may lie in any group.
+fn metadata_of_uninit_groups(ctx: &Context<'_, '_>) -> BitSet {
+    let mut blocks = BitSet::new(ctx.sb.blocks_count());
     for group in 0..ctx.sb.groups_count() {
         if !honest_flags(ctx, group).contains(GroupFlags::BLOCK_UNINIT) {
             continue;
         }
         let desc = ctx.desc(group);
-        let base = ctx.group_base(group);
-        ranges.push((base.start, base.end));
-        for block in [desc.block_bitmap().0, desc.inode_bitmap().0] {
-            ranges.push((block, block.saturating_add(1)));
-        }
         let table = desc.inode_table().0;
-        ranges.push((table, table.saturating_add(ctx.sb.inode_table_blocks().into())));
+        let table_end = table.saturating_add(ctx.sb.inode_table_blocks().into());
+        let maps = [desc.block_bitmap().0, desc.inode_bitmap().0];
+        for block in ctx.group_base(group).chain(maps).chain(table..table_end) {
+            blocks.insert(block);
+        }
     }
-    ranges.sort_unstable();
-    ranges
+    blocks
 }
 
 /// A group's flags, unless its checksum says that they cannot be trusted.
@@ -65,7 +63,7 @@ fn honest_flags(ctx: &Context<'_, '_>, group: u32) -> GroupFlags {
 }
 
 /// Checks a group's block bitmap; its free clusters by that bitmap.
-fn check_block_map(ctx: &mut Context<'_, '_>, group: u32, foreign: &[(u64, u64)]) -> u32 {
+fn check_block_map(ctx: &mut Context<'_, '_>, group: u32, foreign: &BitSet) -> u32 {
     let uninit = honest_flags(ctx, group).contains(GroupFlags::BLOCK_UNINIT);
     let bits = ctx.sb.clusters_in_group(GroupNumber(group));
     let place = ctx.desc(group).block_bitmap().0;
@@ -77,7 +75,7 @@ fn check_block_map(ctx: &mut Context<'_, '_>, group: u32, foreign: &[(u64, u64)]
         }
         check_block_padding(ctx, group, &map, bits);
     }
-    mark_foreign(ctx, group, foreign, &mut map, bits);
+    mark_foreign(ctx, group, foreign, &mut map);
     let first = ctx.cluster(ctx.sb.group_first_block(GroupNumber(group)).0);
     let differences: Vec<(u32, bool)> =
         differing(&map, bits, |bit| ctx.used.contains(first + u64::from(bit)));
@@ -104,22 +102,12 @@ fn check_block_padding(ctx: &mut Context<'_, '_>, group: u32, map: &[u8], bits: 
 }
 
 /// Sets the bits of the metadata that groups without a bitmap keep in this one.
-fn mark_foreign(
-    ctx: &Context<'_, '_>,
-    group: u32,
-    foreign: &[(u64, u64)],
-    map: &mut [u8],
-    bits: u32,
-) {
+fn mark_foreign(ctx: &Context<'_, '_>, group: u32, foreign: &BitSet, map: &mut [u8]) {
     let first = ctx.sb.group_first_block(GroupNumber(group)).0;
-    let end = first + u64::from(ctx.sb.blocks_in_group(GroupNumber(group)));
     let shift = ctx.sb.cluster_ratio_bits();
-    for &(from, to) in foreign.iter().take_while(|range| range.0 < end) {
-        for block in from.max(first)..to.min(end) {
-            let bit = u32::try_from((block - first) >> shift).unwrap_or(u32::MAX);
-            if bit < bits {
-                bitmap::set(map, bit);
-            }
+    for at in 0..ctx.sb.blocks_in_group(GroupNumber(group)) {
+        if foreign.contains(first + u64::from(at)) {
+            bitmap::set(map, at >> shift);
         }
     }
 }

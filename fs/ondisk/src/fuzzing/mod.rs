@@ -3,9 +3,13 @@
 //! `tests/fuzz` calls them with a fuzzer's input, the unit tests here with seeded random
 //! and mutated bytes. A body fails by panicking.
 
+mod journal;
 mod metadata;
+mod names;
 
+pub use journal::*;
 pub use metadata::*;
+pub use names::*;
 
 /// Runs a body on `rounds` inputs derived from `sample`: pure noise, the sample with a few
 /// bytes changed, and the sample cut short. The seed in the panic's context replays it.
