@@ -1,0 +1,360 @@
+//! Extent trees: finding, inserting and converting.
+//!
+//! Source: Documentation/filesystems/ext4/ifork.rst.
+//!
+//! Invariants:
+//! - Every node that is not the root has entries, and the entry that leads to it names
+//!   the first block of the file it maps, exactly.
+//! - All leaves lie at one depth, at most five levels below the root.
+//! - A change makes room first (which may fail with `ENOSPC`, and leaves a valid tree) and
+//!   changes the leaf last (which cannot).
+//!
+//! Locks: `Inode::map`, shared to look, exclusive to change.
+
+use uext_ondisk::extent::{
+    Extent, ExtentIndex, ExtentNode, MAX_DEPTH, MAX_WRITTEN_LEN, capacity,
+};
+use uext_ondisk::{Corrupt, FsBlock, LogicalBlock};
+
+use crate::error::Result;
+use crate::map_blocks::Mapping;
+use crate::map_io::{MapIo, ROOT_SIZE};
+
+/// The first block of a file that no extent may reach (`EXT_MAX_BLOCKS`).
+pub(crate) const MAX_BLOCKS: u32 = u32::MAX;
+
+/// A node on the way from the root to a leaf.
+pub(crate) struct Level {
+    /// Where it lies; `None` for the root.
+    pub block: Option<FsBlock>,
+    /// Its contents.
+    pub node: ExtentNode<Vec<u8>>,
+    /// In an index node the entry the way goes by; in a leaf how many extents start at or
+    /// before the block that was looked for.
+    pub at: usize,
+}
+
+/// The way from the root to the leaf that maps, or would map, a block of the file.
+pub(crate) struct Path {
+    /// Root first; never empty.
+    pub levels: Vec<Level>,
+    /// The first block of the file after what the leaf may map.
+    pub limit: u32,
+}
+
+impl Path {
+    /// Reads the way to `logical`, every node checked.
+    pub fn find(io: &impl MapIo, logical: u32) -> Result<Self> {
+        let mut limits = io.limits();
+        let mut bytes = io.root().to_vec();
+        let mut block = None;
+        let mut levels = Vec::with_capacity(2);
+        loop {
+            let node = ExtentNode::new(bytes).map_err(|c| io.place(c, block))?;
+            node.check(&limits).map_err(|c| io.place(c, block))?;
+            let found = node.search(LogicalBlock(logical));
+            if node.is_leaf() {
+                let at = found.map_or(0, |at| at + 1);
+                let limit = limits.end_logical.map_or(MAX_BLOCKS, |end| end.0);
+                levels.push(Level { block, node, at });
+                return Ok(Self { levels, limit });
+            }
+            let at = found.unwrap_or(0);
+            limits = limits.child(&node, at);
+            let Some(entry) = node.index(at) else {
+                return Err(io.place(Corrupt::value("extent node", "no entries"), block));
+            };
+            bytes = io.read_node(entry.child)?;
+            levels.push(Level { block, node, at });
+            block = Some(entry.child);
+        }
+    }
+
+    /// The leaf.
+    pub fn leaf(&mut self) -> &mut Level {
+        self.levels.last_mut().expect("a path has a leaf")
+    }
+
+    fn depth(&self) -> usize {
+        self.levels.len() - 1
+    }
+
+    /// Writes the node of a level.
+    pub fn store(&mut self, io: &impl MapIo, level: usize) -> Result<()> {
+        let Level { block, node, .. } = &self.levels[level];
+        let mut bytes = node.bytes().to_vec();
+        match block {
+            Some(block) => io.write_node(*block, &mut bytes),
+            None => {
+                let mut root = [0; ROOT_SIZE];
+                root.copy_from_slice(&bytes);
+                io.set_root(&root);
+                Ok(())
+            }
+        }
+    }
+
+    /// Writes the leaf, and the entries that lead to it where its first block changed.
+    pub fn store_leaf(&mut self, io: &impl MapIo) -> Result<()> {
+        let depth = self.depth();
+        self.store(io, depth)?;
+        self.fix_keys(io, depth)
+    }
+
+    /// Makes the entries above `level` name its node's first block.
+    pub fn fix_keys(&mut self, io: &impl MapIo, level: usize) -> Result<()> {
+        for level in (1..=level).rev() {
+            let Some(first) = self.levels[level].node.logical(0) else { break };
+            let Level { node, at, .. } = &mut self.levels[level - 1];
+            if node.logical(*at) == Some(first) {
+                break;
+            }
+            node.set_logical(*at, first);
+            self.store(io, level - 1)?;
+        }
+        Ok(())
+    }
+}
+
+/// An empty root for a new file.
+pub(crate) fn empty_root() -> [u8; ROOT_SIZE] {
+    let mut root = [0; ROOT_SIZE];
+    ExtentNode::init(&mut root[..], 0);
+    root
+}
+
+/// Levels below the root: 0 when the extents are in the inode.
+pub(crate) fn tree_depth(io: &impl MapIo) -> Result<(u16, usize)> {
+    let root = io.root();
+    let node = ExtentNode::new(&root[..]).map_err(|c| io.place(c, None))?;
+    Ok((node.depth(), node.len()))
+}
+
+/// Where the blocks from `logical` on lie, as far as one extent or hole goes.
+pub(crate) fn lookup(io: &impl MapIo, logical: u32) -> Result<Mapping> {
+    let mut path = Path::find(io, logical)?;
+    let limit = path.limit;
+    let Level { node, at, .. } = path.leaf();
+    if let Some(extent) = at.checked_sub(1).and_then(|at| node.extent(at))
+        && let Some(start) = extent.map(LogicalBlock(logical))
+    {
+        let len = extent.len - (logical - extent.logical.0);
+        io.check_run(start, len)?;
+        return Ok(Mapping { start: Some(start), len, unwritten: extent.unwritten });
+    }
+    let next = node.logical(*at).map_or(limit, |next| next.0);
+    Ok(Mapping::hole(next.saturating_sub(logical).max(1)))
+}
+
+/// Where to look for blocks for `logical`: after the extent before it.
+pub(crate) fn goal(io: &impl MapIo, logical: u32) -> Result<Option<FsBlock>> {
+    let mut path = Path::find(io, logical)?;
+    let depth = path.depth();
+    let parent = path.levels[depth].block;
+    let Level { node, at, .. } = path.leaf();
+    let before = at.checked_sub(1).and_then(|at| node.extent(at));
+    Ok(before
+        .map(|extent| {
+            // A file written with gaps keeps them, so that filling them makes it contiguous.
+            let gap = u64::from(logical) - u64::from(extent.logical.0);
+            extent.start + gap.min(u64::from(MAX_WRITTEN_LEN))
+        })
+        .or(parent))
+}
+
+/// Maps a hole. The run must not touch what is mapped, and its blocks must be the caller's.
+///
+/// # Errors
+/// `ENOSPC` for a node that could not be allocated; nothing is mapped then.
+pub(crate) fn insert(io: &impl MapIo, extent: Extent) -> Result<()> {
+    let mut path = Path::find(io, extent.logical.0)?;
+    let limit = u64::from(path.limit);
+    let Level { node, at, .. } = path.leaf();
+    let before = at.checked_sub(1).and_then(|at| node.extent(at));
+    let end = node.logical(*at).map_or(limit, |next| u64::from(next.0));
+    if before.is_some_and(|b| b.end() > u64::from(extent.logical.0)) || extent.end() > end {
+        let corrupt = Corrupt::value("extent tree", "an extent is in the way").at_logical(extent.logical);
+        return Err(io.place(corrupt, None));
+    }
+    if merge(path.leaf(), extent) {
+        return path.store_leaf(io);
+    }
+    let mut path = make_room(io, extent.logical.0, 1)?;
+    let Level { node, at, .. } = path.leaf();
+    let at = *at;
+    expect_room(io, node.insert_extent(at, extent))?;
+    path.store_leaf(io)
+}
+
+/// Room that was made is there; a tree that says otherwise is damaged.
+fn expect_room(io: &impl MapIo, result: Result<(), uext_ondisk::extent::NodeFull>) -> Result<()> {
+    result.map_err(|_| io.place(Corrupt::value("extent tree", "a node did not split"), None))
+}
+
+/// Adds the extent to its neighbours in the leaf when it continues them.
+fn merge(leaf: &mut Level, extent: Extent) -> bool {
+    let Level { node, at, .. } = leaf;
+    let before = at.checked_sub(1).and_then(|at| node.extent(at)).filter(|b| b.can_merge(&extent));
+    let joined = match before {
+        Some(before) => Extent { len: before.len + extent.len, ..before },
+        None => extent,
+    };
+    let after = node.extent(*at).filter(|after| joined.can_merge(after));
+    match (before, after) {
+        (None, None) => return false,
+        (Some(_), None) => node.set_extent(*at - 1, joined),
+        (None, Some(after)) => {
+            node.set_extent(*at, Extent { len: extent.len + after.len, ..extent });
+        }
+        (Some(_), Some(after)) => {
+            node.set_extent(*at - 1, Extent { len: joined.len + after.len, ..joined });
+            node.remove(*at..*at + 1);
+        }
+    }
+    true
+}
+
+/// The path to a leaf with room for `need` more extents at `logical`: splits nodes and lets
+/// the tree grow, one node at a time. After a failure the tree is whole, with less room.
+pub(crate) fn make_room(io: &impl MapIo, logical: u32, need: usize) -> Result<Path> {
+    // A split for every level and a new root, twice over for a leaf with too little room after.
+    for _ in 0..4 * usize::from(MAX_DEPTH) {
+        let mut path = Path::find(io, logical)?;
+        let leaf = &path.leaf().node;
+        if leaf.len() + need <= leaf.max() {
+            return Ok(path);
+        }
+        let depth = path.depth();
+        match (0..depth).rev().find(|&level| !path.levels[level].node.is_full()) {
+            Some(level) => split(io, path, level + 1)?,
+            None => grow(io, path)?,
+        }
+    }
+    Err(io.place(Corrupt::value("extent tree", "nodes have no room to split"), None))
+}
+
+/// Moves the upper part of a node into a new one beside it; its parent has room.
+fn split(io: &impl MapIo, mut path: Path, level: usize) -> Result<()> {
+    let last = level == path.depth();
+    let Level { block, node, at } = &mut path.levels[level];
+    // Appending leaves full nodes behind: only the last entry moves.
+    let appends = if last { *at == node.len() } else { *at + 1 == node.len() };
+    let from = if appends { node.len().saturating_sub(1) } else { node.len() / 2 };
+    let Some(key) = node.logical(from).filter(|_| from > 0) else {
+        return Err(io.place(Corrupt::value("extent node", "has no room to split"), *block));
+    };
+    let child = io.alloc_node(block.unwrap_or_default() + 1)?;
+    let mut right = ExtentNode::init(vec![0; io.block_size() as usize], node.depth());
+    expect_room(io, node.move_tail(from, &mut right))?;
+    io.create_node(child, &mut right.bytes().to_vec())?;
+    path.store(io, level)?;
+    let Level { node, at, .. } = &mut path.levels[level - 1];
+    let at = *at + 1;
+    expect_room(io, node.insert_index(at, ExtentIndex { logical: key, child }))?;
+    path.store(io, level - 1)
+}
+
+/// Moves the root's entries into a new node below it.
+fn grow(io: &impl MapIo, mut path: Path) -> Result<()> {
+    let root = &path.levels[0].node;
+    let depth = root.depth();
+    let Some(key) = root.logical(0).filter(|_| depth < MAX_DEPTH) else {
+        return Err(io.place(Corrupt::value("extent tree", "is too deep to grow"), None));
+    };
+    let near = match (root.extent(0), root.index(0)) {
+        (Some(extent), _) => extent.start,
+        (None, index) => index.map_or(FsBlock(0), |index| index.child),
+    };
+    let child = io.alloc_node(near)?;
+    let mut node = ExtentNode::init(vec![0; io.block_size() as usize], depth);
+    expect_room(io, node.append(root, 0))?;
+    io.create_node(child, &mut node.bytes().to_vec())?;
+    let mut root = ExtentNode::init(vec![0; ROOT_SIZE], depth + 1);
+    expect_room(io, root.insert_index(0, ExtentIndex { logical: key, child }))?;
+    path.levels[0].node = root;
+    path.store(io, 0)
+}
+
+/// Makes the unwritten blocks of a range written, whose data is on the disk.
+///
+/// # Errors
+/// `ENOSPC` for a node that could not be allocated; what was converted before stays so.
+pub(crate) fn mark_written(io: &impl MapIo, logical: u32, end: u32) -> Result<()> {
+    let mut at = logical;
+    while at < end {
+        let mut path = Path::find(io, at)?;
+        let Level { node, at: pos, .. } = path.leaf();
+        let found = pos.checked_sub(1).and_then(|p| node.extent(p));
+        let Some(extent) = found.filter(|e| e.contains(LogicalBlock(at))) else {
+            let corrupt = Corrupt::value("extent tree", "written blocks are not mapped");
+            return Err(io.place(corrupt.at_logical(LogicalBlock(at)), None));
+        };
+        let stop = end.min(u32::try_from(extent.end()).unwrap_or(MAX_BLOCKS));
+        if extent.unwritten {
+            convert(io, extent, at, stop)?;
+        }
+        at = stop;
+    }
+    Ok(())
+}
+
+/// Splits an unwritten extent into what stays so and what `from..to` made written.
+fn convert(io: &impl MapIo, extent: Extent, from: u32, to: u32) -> Result<()> {
+    let part = |from: u32, to: u32, unwritten| Extent {
+        logical: LogicalBlock(from),
+        len: to - from,
+        start: extent.start + u64::from(from - extent.logical.0),
+        unwritten,
+    };
+    let end = u32::try_from(extent.end()).unwrap_or(MAX_BLOCKS);
+    let first = extent.logical.0;
+    let need = usize::from(from > first) + usize::from(to < end);
+    let mut path = make_room(io, first, need)?;
+    let leaf = path.leaf();
+    let Some(at) = leaf.at.checked_sub(1) else {
+        return Err(io.place(Corrupt::value("extent tree", "changed while it was read"), None));
+    };
+    leaf.node.remove(at..at + 1);
+    leaf.at = at;
+    for (from, to, unwritten) in [(first, from, true), (from, to, false), (to, end, true)] {
+        if from == to {
+            continue;
+        }
+        // Each joins what is before it in place, so there is always room.
+        let extent = part(from, to, unwritten);
+        if !merge(leaf, extent) {
+            let at = leaf.at;
+            expect_room(io, leaf.node.insert_extent(at, extent))?;
+            leaf.at += 1;
+        }
+    }
+    path.store_leaf(io)
+}
+
+/// Most mapping blocks that mapping `count` single blocks anywhere can need, in a tree of this
+/// depth whose root has `root_len` entries.
+pub(crate) fn nodes_needed(count: u64, depth: u16, root_len: usize, block_size: u32) -> u64 {
+    if count == 0 {
+        return 0;
+    }
+    let max = capacity(block_size as usize) as u64;
+    // A split leaves both halves half full, so that many entries fill a new node.
+    let half = (max / 2).max(1);
+    let root_max = capacity(ROOT_SIZE) as u64;
+    let mut total = 0u64;
+    let mut entries = count;
+    for level in 0..depth {
+        // Nodes of this level that may be full already, each of which one insertion splits.
+        let above = u32::from(depth - 1 - level);
+        let full = root_max.saturating_mul(max.saturating_pow(above));
+        entries = entries.min(full.saturating_add(entries / half));
+        total += entries;
+    }
+    // What arrives at the root; when that overflows, levels are added.
+    let mut level = entries.saturating_add(root_len as u64);
+    while level > root_max {
+        level = level.div_ceil(half);
+        total += level;
+    }
+    total
+}

@@ -1,0 +1,645 @@
+//! Reading and writing files through the page cache.
+//!
+//! Invariants:
+//! - A page that is uptodate is zero behind the end of the file; a block on the disk is
+//!   made so before the file grows over its tail.
+//! - `core.size` grows while the page that made it grow is still locked, so that writeback,
+//!   which locks a batch of pages and then looks at the size, never sees a size whose data
+//!   is not in these pages.
+//! - A block is delayed before its page is dirty (see `delayed`).
+//! - Pages are locked by rising index, and never under a journal handle.
+//!
+//! Locks: `Inode::rwsem` shared to read, exclusive to write; then pages; then `Inode::map`
+//! shared. What reserves space does so before a page is locked, since it may wait for a commit.
+
+use std::sync::Arc;
+
+use uext_blockdev::{Bio, BioFlags, BioOp, BioVec, Sector};
+use uext_ondisk::LogicalBlock;
+use uext_ondisk::inode::InodeFlags;
+use uext_pagecache::{Folio, FolioWriteGuard, PAGE_SIZE};
+use uext_vfs::{Context, Errno, FileKind, ReadReply, ReadSegment, WriteFlags};
+
+use crate::error::{Error, Result};
+use crate::fs::Ext4;
+use crate::inode::Inode;
+use crate::map_blocks::Mapping;
+
+/// Bytes of a page.
+pub(crate) const PAGE: u64 = PAGE_SIZE as u64;
+/// Bytes for which space is reserved at once.
+const WRITE_CHUNK: usize = 1 << 20;
+/// Most bytes of one read.
+const MAX_READ: usize = 64 << 20;
+const S_ISUID: u16 = 0o4000;
+const S_ISGID: u16 = 0o2000;
+const S_IXGRP: u16 = 0o0010;
+
+/// A page and the blocks of it that are to be read.
+struct Fill {
+    guard: FolioWriteGuard,
+    /// Device block and place in the page of each run.
+    failed: bool,
+}
+
+impl Ext4 {
+    /// The sector of a block.
+    pub(crate) fn sector_of(&self, block: uext_ondisk::FsBlock) -> Sector {
+        Sector(block.0 * u64::from(self.block_size() / 512))
+    }
+
+    /// The block of a file that holds a byte; past the last possible one, that.
+    pub(crate) fn block_at(&self, offset: u64) -> u32 {
+        u32::try_from(offset / u64::from(self.block_size())).unwrap_or(u32::MAX)
+    }
+
+    /// The first block of a file that lies wholly behind a size.
+    pub(crate) fn block_behind(&self, size: u64) -> u32 {
+        u32::try_from(size.div_ceil(u64::from(self.block_size()))).unwrap_or(u32::MAX)
+    }
+
+    /// Reads up to `len` bytes at `offset`, fewer only at the end of the file. Pages that are
+    /// cached, or now become so, are lent to the reply; holes need no page.
+    ///
+    /// # Errors
+    /// `EISDIR`, `EINVAL` for what is no file, or what went wrong with the first page.
+    pub(crate) fn file_read(
+        &self,
+        inode: &Arc<Inode>,
+        offset: u64,
+        len: usize,
+        reply: &mut ReadReply,
+    ) -> Result<()> {
+        match inode.kind {
+            FileKind::Regular => {}
+            FileKind::Directory => return Err(Errno::EISDIR.into()),
+            _ => return Err(Errno::EINVAL.into()),
+        }
+        let _shared = inode.rwsem.read();
+        let size = inode.size();
+        let end = size.min(offset.saturating_add(len.min(MAX_READ) as u64));
+        if offset >= end {
+            return Ok(());
+        }
+        self.touch_atime(inode);
+        let (first, last) = (offset / PAGE, end.div_ceil(PAGE));
+        let ahead = inode.data.readahead.lock().on_read(first, last - first, size.div_ceil(PAGE));
+        let pages = self.pages_for_read(inode, first, last)?;
+        for (index, page) in (first..last).zip(pages) {
+            let from = offset.max(index * PAGE) - index * PAGE;
+            let to = end.min((index + 1) * PAGE) - index * PAGE;
+            // Both are at most a page.
+            let range = from as usize..to as usize;
+            reply.push(match page {
+                Some(folio) => ReadSegment::Folio(folio.read(), range),
+                None => ReadSegment::Zeroes(range.len()),
+            });
+        }
+        if let Some(ahead) = ahead {
+            self.read_ahead(inode, ahead);
+        }
+        Ok(())
+    }
+
+    /// Pages `first..last`, uptodate; `None` where all of a page is a hole.
+    fn pages_for_read(
+        &self,
+        inode: &Arc<Inode>,
+        first: u64,
+        last: u64,
+    ) -> Result<Vec<Option<Arc<Folio>>>> {
+        let mut pages: Vec<Option<Arc<Folio>>> = Vec::new();
+        let mut missing = Vec::new();
+        for index in first..last {
+            let cached = inode.mapping.find(index);
+            let page = match cached {
+                Some(folio) => Some(folio),
+                None if self.is_hole(inode, index)? => None,
+                None => Some(inode.mapping.find_or_create(index)),
+            };
+            missing.extend(page.iter().filter(|folio| !folio.is_uptodate()).cloned());
+            pages.push(page);
+        }
+        self.fill_pages(inode, &missing, BioFlags::SYNC)?;
+        Ok(pages)
+    }
+
+    /// Whether a page has no block on the disk that holds data.
+    fn is_hole(&self, inode: &Inode, index: u64) -> Result<bool> {
+        let per_page = PAGE / u64::from(self.block_size());
+        let Ok(first) = u32::try_from(index * per_page) else { return Ok(true) };
+        let mut at = 0;
+        while u64::from(at) < per_page {
+            // The number of blocks in a page fits.
+            let mapping = self.map_lookup(inode, LogicalBlock(first + at), per_page as u32 - at)?;
+            if mapping.data().is_some() {
+                return Ok(false);
+            }
+            at += mapping.len;
+        }
+        // A page that another reader or a writer is about to make is found after the mapping
+        // was looked at, since writers are excluded.
+        Ok(inode.data.delayed.lock().next(first).is_none_or(|next| {
+            u64::from(next) >= u64::from(first) + per_page
+        }))
+    }
+
+    /// Reads pages ahead of a sequential reader; errors show when a page is really read.
+    fn read_ahead(&self, inode: &Arc<Inode>, range: std::ops::Range<u64>) {
+        let mut missing = Vec::new();
+        for index in range {
+            if inode.mapping.find(index).is_none() && matches!(self.is_hole(inode, index), Ok(false))
+            {
+                let folio = inode.mapping.find_or_create(index);
+                folio.set_readahead();
+                missing.push(folio);
+            }
+        }
+        if let Err(error) = self.start_fill(inode, &missing) {
+            log::debug!("{}: inode {}: readahead: {error}", self.name, inode.ino);
+        }
+    }
+
+    /// Makes pages uptodate, with one bio per run on the disk. `folios` go by rising index.
+    fn fill_pages(&self, inode: &Inode, folios: &[Arc<Folio>], flags: BioFlags) -> Result<()> {
+        if folios.is_empty() {
+            return Ok(());
+        }
+        let (mut fills, bios) = self.plan_fill(inode, folios, flags)?;
+        let mut error = None;
+        for bio in self.buffers.device().submit_bios_wait(bios) {
+            if let Err(status) = bio.status() {
+                error.get_or_insert(status);
+                let (first, count) = unpack(bio.private());
+                fills[first..first + count].iter_mut().for_each(|fill| fill.failed = true);
+            }
+        }
+        for fill in fills.iter().filter(|fill| !fill.failed) {
+            fill.guard.set_uptodate();
+        }
+        error.map_or(Ok(()), |status| Err(status.into()))
+    }
+
+    /// Begins to read pages and does not wait; they stay locked until their bios have ended.
+    fn start_fill(&self, inode: &Inode, folios: &[Arc<Folio>]) -> Result<()> {
+        if folios.is_empty() {
+            return Ok(());
+        }
+        let (fills, mut bios) = self.plan_fill(inode, folios, BioFlags::RAHEAD)?;
+        let shared = Arc::new(ReadaheadBatch::new(fills, bios.len()));
+        for bio in &mut bios {
+            let shared = shared.clone();
+            bio.set_end_io(move |bio| shared.end(&bio));
+        }
+        if !bios.is_empty() {
+            self.buffers.device().submit_bios(bios);
+        }
+        Ok(())
+    }
+
+    /// Locks pages and makes the bios that fill them. What is not on the disk is zeroed.
+    fn plan_fill(
+        &self,
+        inode: &Inode,
+        folios: &[Arc<Folio>],
+        flags: BioFlags,
+    ) -> Result<(Vec<Fill>, Vec<Bio>)> {
+        let mut fills: Vec<Fill> = Vec::with_capacity(folios.len());
+        let mut bios: Vec<Bio> = Vec::new();
+        let readahead = flags.contains(BioFlags::RAHEAD);
+        for folio in folios {
+            // Readahead never waits for a page: who has it reads it.
+            let guard = if readahead { folio.try_write() } else { Some(folio.write()) };
+            let Some(mut guard) = guard else { continue };
+            if guard.is_uptodate() {
+                continue;
+            }
+            for (range, block) in self.plan_page(inode, &mut guard)? {
+                let vec = guard.bvec(range.start, range.len());
+                push_run(&mut bios, self.sector_of(block), vec, fills.len(), flags);
+            }
+            fills.push(Fill { guard, failed: false });
+        }
+        Ok((fills, bios))
+    }
+
+    /// What of a page is to be read, and from where; the rest is zeroed, but for dirty blocks.
+    fn plan_page(
+        &self,
+        inode: &Inode,
+        guard: &mut FolioWriteGuard,
+    ) -> Result<Vec<(std::ops::Range<usize>, uext_ondisk::FsBlock)>> {
+        let block_size = self.block_size() as usize;
+        let index = guard.folio().index();
+        let size = inode.size();
+        let dirty = guard.blocks().dirty;
+        let mut reads: Vec<(std::ops::Range<usize>, uext_ondisk::FsBlock)> = Vec::new();
+        let mut run: Option<(u32, Mapping)> = None;
+        for (at, start) in (0..PAGE_SIZE).step_by(block_size).enumerate() {
+            if dirty & (1 << at) != 0 {
+                continue;
+            }
+            let offset = index * PAGE + start as u64;
+            let range = start..start + block_size;
+            let logical = self.block_at(offset);
+            let mut place = None;
+            if offset < size {
+                let known = run.filter(|(first, run)| logical - first < run.len);
+                let (first, mapping) = match known {
+                    Some(known) => known,
+                    None => (logical, self.map_lookup(inode, LogicalBlock(logical), 4)?),
+                };
+                run = Some((first, mapping));
+                place = mapping.data().map(|start| start + u64::from(logical - first));
+            }
+            match (place, reads.last_mut()) {
+                (None, _) => guard[range].fill(0),
+                (Some(block), Some((last, first)))
+                    if last.end == start && first.0 + (last.len() / block_size) as u64 == block.0 =>
+                {
+                    last.end = range.end;
+                }
+                (Some(block), _) => reads.push((range, block)),
+            }
+        }
+        Ok(reads)
+    }
+
+    /// Makes a locked page uptodate.
+    fn fill_locked(&self, inode: &Inode, guard: &mut FolioWriteGuard) -> Result<()> {
+        let mut bios = Vec::new();
+        for (range, block) in self.plan_page(inode, guard)? {
+            let mut bio = Bio::new(BioOp::Read, BioFlags::SYNC, self.sector_of(block));
+            bio.add_vec(guard.bvec(range.start, range.len()));
+            bios.push(bio);
+        }
+        if !bios.is_empty() {
+            for bio in self.buffers.device().submit_bios_wait(bios) {
+                bio.status()?;
+            }
+        }
+        guard.set_uptodate();
+        Ok(())
+    }
+
+    /// A page of the file, locked and uptodate.
+    fn lock_page(&self, inode: &Inode, index: u64) -> Result<FolioWriteGuard> {
+        loop {
+            let folio = inode.mapping.find_or_create(index);
+            let mut guard = folio.write();
+            if !folio.is_attached() {
+                continue;
+            }
+            if !guard.is_uptodate() {
+                self.fill_locked(inode, &mut guard)?;
+            }
+            return Ok(guard);
+        }
+    }
+
+    /// Writes `data` at `offset`, or at the end with `APPEND`, into the page cache. Gives how much
+    /// was written: less than all only when space or the largest size ended it.
+    ///
+    /// # Errors
+    /// `ENOSPC`, `EFBIG`, `EROFS`, `EPERM`, or how reading a page failed, when nothing was written.
+    pub(crate) fn file_write(
+        &self,
+        ctx: &Context,
+        inode: &Arc<Inode>,
+        offset: u64,
+        data: &[u8],
+        flags: WriteFlags,
+    ) -> Result<usize> {
+        self.check_writable()?;
+        match inode.kind {
+            FileKind::Regular => {}
+            FileKind::Directory => return Err(Errno::EISDIR.into()),
+            _ => return Err(Errno::EINVAL.into()),
+        }
+        let inode_flags = inode.core.lock().flags;
+        if inode_flags.contains(InodeFlags::IMMUTABLE) {
+            return Err(Errno::EPERM.into());
+        }
+        if data.is_empty() {
+            return Ok(0);
+        }
+        let written = {
+            let _exclusive = inode.rwsem.write();
+            let size = inode.size();
+            let offset = if flags.contains(WriteFlags::APPEND) { size } else { offset };
+            let most = self.max_file_size(inode);
+            if offset >= most {
+                return Err(Errno::EFBIG.into());
+            }
+            let room = usize::try_from(most - offset).unwrap_or(usize::MAX);
+            let data = &data[..data.len().min(room)];
+            if flags.contains(WriteFlags::KILL_SUIDGID) {
+                kill_suidgid(inode);
+            }
+            if offset > size {
+                self.zero_tail(inode, size)?;
+            }
+            self.write_pages_of(inode, offset, data, ctx.uid == 0)?
+        };
+        inode.mapping.balance_dirty();
+        let sync = flags.contains(WriteFlags::SYNC)
+            || self.options.sync
+            || inode_flags.contains(InodeFlags::SYNC);
+        if sync || flags.contains(WriteFlags::DSYNC) {
+            self.sync_inode(inode, !sync)?;
+        }
+        Ok(written)
+    }
+
+    fn write_pages_of(
+        &self,
+        inode: &Arc<Inode>,
+        offset: u64,
+        data: &[u8],
+        privileged: bool,
+    ) -> Result<usize> {
+        let mut done = 0;
+        let mut chunk_len = WRITE_CHUNK;
+        let mut settled = false;
+        while done < data.len() {
+            let at = offset + done as u64;
+            // Up to the end of a page, so that every chunk but the last ends with one.
+            let in_page = (at % PAGE) as usize;
+            let len = (data.len() - done).min(chunk_len.max(PAGE_SIZE) - in_page);
+            match self.write_chunk(inode, at, &data[done..done + len], privileged) {
+                Ok(()) => done += len,
+                Err(error) if error.is(Errno::ENOSPC) && !settled => {
+                    // Reservations are for the worst case; once mapped, data takes what it needs.
+                    self.settle_reservations();
+                    settled = true;
+                }
+                Err(error) if error.is(Errno::ENOSPC) && chunk_len > PAGE_SIZE => {
+                    chunk_len = PAGE_SIZE;
+                }
+                Err(_) if done > 0 => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(done)
+    }
+
+    /// Writes all of a chunk, or fails and leaves no reservation behind for what it did not write.
+    fn write_chunk(
+        &self,
+        inode: &Arc<Inode>,
+        offset: u64,
+        data: &[u8],
+        privileged: bool,
+    ) -> Result<()> {
+        let end = offset + data.len() as u64;
+        let fresh = self.unmapped_ranges(inode, self.block_at(offset), self.block_behind(end))?;
+        self.delay_blocks(inode, &fresh, privileged)?;
+        let mut done = 0;
+        while done < data.len() {
+            let at = offset + done as u64;
+            let len = (data.len() - done).min(PAGE_SIZE - (at % PAGE) as usize);
+            if let Err(error) = self.write_page(inode, at, &data[done..done + len]) {
+                let failed = self.block_at(at);
+                for &(from, to) in fresh.iter().filter(|(_, to)| *to > failed) {
+                    self.drop_delayed(inode, from.max(failed), to);
+                }
+                return Err(error);
+            }
+            done += len;
+        }
+        Ok(())
+    }
+
+    /// Ranges of blocks that have no place on the disk and no reservation.
+    fn unmapped_ranges(&self, inode: &Inode, from: u32, end: u32) -> Result<Vec<(u32, u32)>> {
+        let mut ranges: Vec<(u32, u32)> = Vec::new();
+        let mut at = from;
+        while at < end {
+            // First whether it is delayed, then whether it is mapped: writeback maps a block
+            // before it takes the reservation out, so it is seen as one of the two.
+            let (delayed_end, next_delayed) = {
+                let delayed = inode.data.delayed.lock();
+                (delayed.end_of(at), delayed.next(at).unwrap_or(end))
+            };
+            if let Some(delayed_end) = delayed_end {
+                at = delayed_end;
+                continue;
+            }
+            let most = next_delayed.min(end) - at;
+            let mapping = self.map_lookup(inode, LogicalBlock(at), most)?;
+            if mapping.start.is_none() {
+                match ranges.last_mut() {
+                    Some((_, last)) if *last == at => *last = at + mapping.len,
+                    _ => ranges.push((at, at + mapping.len)),
+                }
+            }
+            at += mapping.len;
+        }
+        Ok(ranges)
+    }
+
+    /// Copies into one page and marks its blocks dirty.
+    fn write_page(&self, inode: &Inode, offset: u64, data: &[u8]) -> Result<()> {
+        let (index, start) = (offset / PAGE, (offset % PAGE) as usize);
+        let end = offset + data.len() as u64;
+        let range = start..start + data.len();
+        loop {
+            let folio = inode.mapping.find_or_create(index);
+            let mut guard = folio.write();
+            if !folio.is_attached() {
+                continue;
+            }
+            if !guard.is_uptodate() && data.len() < PAGE_SIZE {
+                self.fill_locked(inode, &mut guard)?;
+            }
+            guard[range.clone()].copy_from_slice(data);
+            guard.set_uptodate();
+            let grows = end > inode.size();
+            if grows {
+                guard[range.end..].fill(0);
+            }
+            if !guard.mark_dirty(self.block_mask(range.clone())) {
+                continue;
+            }
+            let now = self.now();
+            let mut core = inode.core.lock();
+            if grows {
+                core.size = end;
+            }
+            (core.mtime, core.ctime) = (now, now);
+            core.lazy_dirty = true;
+            return Ok(());
+        }
+    }
+
+    /// The bits of a page's blocks that a byte range touches.
+    pub(crate) fn block_mask(&self, range: std::ops::Range<usize>) -> u8 {
+        let block_size = self.block_size() as usize;
+        (range.start / block_size..range.end.div_ceil(block_size)).fold(0, |mask, at| mask | 1 << at)
+    }
+
+    /// Zeroes the tail of the block that holds the end of the file, before the file grows over it:
+    /// what wrote the image may have left something there.
+    pub(crate) fn zero_tail(&self, inode: &Inode, size: u64) -> Result<()> {
+        let block_size = u64::from(self.block_size());
+        if size.is_multiple_of(block_size) {
+            return Ok(());
+        }
+        let logical = self.block_at(size);
+        let is_delayed = inode.data.delayed.lock().end_of(logical).is_some();
+        if !is_delayed && self.map_lookup(inode, LogicalBlock(logical), 1)?.start.is_none() {
+            return Ok(());
+        }
+        loop {
+            let mut guard = self.lock_page(inode, size / PAGE)?;
+            let start = (size % PAGE) as usize;
+            let tail = start..start.next_multiple_of(block_size as usize);
+            if guard[tail.clone()].iter().all(|&byte| byte == 0) {
+                return Ok(());
+            }
+            guard[tail.clone()].fill(0);
+            if guard.mark_dirty(self.block_mask(tail)) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Zeroes what is cached of the page that holds `size` behind it, where the file is about to
+    /// end.
+    pub(crate) fn zero_cached_tail(&self, inode: &Inode, size: u64) {
+        if size.is_multiple_of(PAGE) {
+            return;
+        }
+        if let Some(folio) = inode.mapping.find(size / PAGE) {
+            let mut guard = folio.write();
+            // The rest of a page that is not uptodate is made when it is read.
+            guard[(size % PAGE) as usize..].fill(0);
+        }
+    }
+
+    /// lseek(2) with `SEEK_DATA` and `SEEK_HOLE`.
+    ///
+    /// # Errors
+    /// `ENXIO` at or past the end, and when no data follows; `EINVAL` for another `whence`.
+    pub(crate) fn seek(&self, inode: &Arc<Inode>, offset: u64, whence: i32) -> Result<u64> {
+        let want_data = match whence {
+            libc::SEEK_DATA => true,
+            libc::SEEK_HOLE => false,
+            _ => return Err(Errno::EINVAL.into()),
+        };
+        if inode.kind != FileKind::Regular {
+            return Err(Errno::EINVAL.into());
+        }
+        let _shared = inode.rwsem.read();
+        let size = inode.size();
+        if offset >= size {
+            return Err(Errno::ENXIO.into());
+        }
+        let (mut at, end) = (self.block_at(offset), self.block_behind(size));
+        while at < end {
+            let (is_data, stop) = self.run_kind(inode, at, end)?;
+            if is_data == want_data {
+                let found = u64::from(at) * u64::from(self.block_size());
+                return Ok(found.max(offset));
+            }
+            at = stop;
+        }
+        if want_data { Err(Errno::ENXIO.into()) } else { Ok(size) }
+    }
+
+    /// Whether a block holds data, and up to where the answer is the same at least.
+    fn run_kind(&self, inode: &Inode, at: u32, end: u32) -> Result<(bool, u32)> {
+        let (delayed_end, next) = {
+            let delayed = inode.data.delayed.lock();
+            (delayed.end_of(at), delayed.next(at).unwrap_or(end))
+        };
+        if let Some(stop) = delayed_end {
+            return Ok((true, stop));
+        }
+        let mapping = self.map_lookup(inode, LogicalBlock(at), next.min(end) - at)?;
+        if !mapping.unwritten {
+            return Ok((mapping.start.is_some(), at + mapping.len));
+        }
+        // Unwritten blocks are data as soon as pages over them are dirty.
+        let per_page = (PAGE / u64::from(self.block_size())) as u32;
+        let stop = at + mapping.len;
+        let pages = u64::from(at / per_page)..u64::from(stop.div_ceil(per_page));
+        let Some(dirty) = inode.mapping.dirty_folios(pages, 1).pop() else {
+            return Ok((false, stop));
+        };
+        let first = u32::try_from(dirty.index()).unwrap_or(u32::MAX).saturating_mul(per_page);
+        Ok(if first > at { (false, first) } else { (true, stop.min(first + per_page)) })
+    }
+}
+
+/// Clears the set-id bits that a write by somebody else must not leave.
+fn kill_suidgid(inode: &Inode) {
+    let mut core = inode.core.lock();
+    let mut mode = core.mode & !S_ISUID;
+    if mode & S_IXGRP != 0 {
+        mode &= !S_ISGID;
+    }
+    if mode != core.mode {
+        core.mode = mode;
+        core.lazy_dirty = true;
+    }
+}
+
+/// Which pages of a batch a bio fills, in its private number.
+fn pack(first: usize, count: usize) -> u64 {
+    (first as u64) << 32 | count as u64
+}
+
+fn unpack(private: u64) -> (usize, usize) {
+    ((private >> 32) as usize, (private & 0xffff_ffff) as usize)
+}
+
+/// Adds memory to the last bio when it continues that on the disk, else begins a new one.
+fn push_run(bios: &mut Vec<Bio>, sector: Sector, vec: BioVec, page: usize, flags: BioFlags) {
+    match bios.last_mut() {
+        Some(bio) if bio.end_sector() == sector => {
+            bio.add_vec(vec);
+            let (first, _) = unpack(bio.private());
+            bio.set_private(pack(first, page - first + 1));
+        }
+        _ => {
+            let mut bio = Bio::new(BioOp::Read, flags, sector);
+            bio.add_vec(vec);
+            bio.set_private(pack(page, 1));
+            bios.push(bio);
+        }
+    }
+}
+
+/// Pages read ahead, locked until the last bio of the batch has ended.
+struct ReadaheadBatch(parking_lot::Mutex<(Vec<Fill>, usize)>);
+
+impl ReadaheadBatch {
+    fn new(mut fills: Vec<Fill>, bios: usize) -> Self {
+        if bios == 0 {
+            fills.drain(..).for_each(|fill| fill.guard.set_uptodate());
+        }
+        Self(parking_lot::Mutex::new((fills, bios)))
+    }
+
+    fn end(&self, bio: &Bio) {
+        let mut batch = self.0.lock();
+        let (fills, pending) = &mut *batch;
+        if bio.status().is_err() {
+            let (first, count) = unpack(bio.private());
+            fills[first..first + count].iter_mut().for_each(|fill| fill.failed = true);
+        }
+        *pending -= 1;
+        if *pending == 0 {
+            for fill in fills.drain(..).filter(|fill| !fill.failed) {
+                fill.guard.set_uptodate();
+            }
+        }
+    }
+}
+
+impl From<uext_pagecache::WritebackError> for Error {
+    fn from(error: uext_pagecache::WritebackError) -> Self {
+        Self::Errno(Errno(error.errno()))
+    }
+}

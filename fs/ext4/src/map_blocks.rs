@@ -1,0 +1,221 @@
+//! Where a file's blocks lie: the same questions to both kinds of mapping.
+//!
+//! Invariants: the cache of runs (`RunCache`) is filled under `Inode::map` shared and
+//! changed or cleared under it exclusive, so it never tells of a mapping that is gone.
+//!
+//! Locks: `Inode::map`, then the run cache, a leaf.
+
+use std::collections::BTreeMap;
+
+use parking_lot::Mutex;
+use uext_jbd2::Handle;
+use uext_ondisk::extent::{Extent, MAX_UNWRITTEN_LEN, MAX_WRITTEN_LEN};
+use uext_ondisk::features::RoCompat;
+use uext_ondisk::indirect::{max_block_map_file_size, max_extent_file_size};
+use uext_ondisk::{FsBlock, LogicalBlock};
+
+use crate::error::Result;
+use crate::fs::Ext4;
+use crate::inode::Inode;
+use crate::map_io::{Budget, FsMapIo};
+use crate::{extents, extents_remove, indirect};
+
+/// Runs of one file that are remembered.
+const MAX_RUNS: usize = 256;
+/// How far a block map is looked at in one go.
+const BLOCK_MAP_RUN: u32 = 1024;
+/// Groups whose bitmaps a step of removal may change (see `credits::TRUNCATE`).
+const GROUPS_PER_STEP: usize = 8;
+
+/// Where a run of a file's blocks lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Mapping {
+    /// The first block of the filesystem; `None` for a hole.
+    pub start: Option<FsBlock>,
+    /// Blocks, at least one.
+    pub len: u32,
+    /// Allocated, but reads as zeroes.
+    pub unwritten: bool,
+}
+
+impl Mapping {
+    /// A hole.
+    pub fn hole(len: u32) -> Self {
+        Self { start: None, len, unwritten: false }
+    }
+
+    /// Where data lies on the disk: not in a hole, and written.
+    pub fn data(&self) -> Option<FsBlock> {
+        self.start.filter(|_| !self.unwritten)
+    }
+
+    /// The mapping from `skip` blocks further on, at most `max` blocks.
+    fn part(self, skip: u32, max: u32) -> Self {
+        let start = self.start.map(|start| start + u64::from(skip));
+        Self { start, len: (self.len - skip).min(max), ..self }
+    }
+}
+
+/// Runs that were looked up lately, by their first block.
+#[derive(Default)]
+pub(crate) struct RunCache(Mutex<BTreeMap<u32, Mapping>>);
+
+impl RunCache {
+    fn get(&self, logical: u32, max: u32) -> Option<Mapping> {
+        let runs = self.0.lock();
+        let (&first, run) = runs.range(..=logical).next_back()?;
+        let skip = logical - first;
+        (skip < run.len).then(|| run.part(skip, max))
+    }
+
+    fn put(&self, logical: u32, run: Mapping) {
+        let mut runs = self.0.lock();
+        remove_overlapping(&mut runs, logical, logical.saturating_add(run.len));
+        if runs.len() >= MAX_RUNS {
+            runs.clear();
+        }
+        runs.insert(logical, run);
+    }
+
+    fn forget(&self, from: u32, end: u32) {
+        remove_overlapping(&mut self.0.lock(), from, end);
+    }
+}
+
+fn remove_overlapping(runs: &mut BTreeMap<u32, Mapping>, from: u32, end: u32) {
+    if let Some((&first, run)) = runs.range(..from).next_back()
+        && first.saturating_add(run.len) > from
+    {
+        runs.remove(&first);
+    }
+    while let Some((&first, _)) = runs.range(from..end).next() {
+        runs.remove(&first);
+    }
+}
+
+impl Ext4 {
+    /// Where the blocks from `logical` on lie, at most `max`: one run, or one hole.
+    ///
+    /// # Errors
+    /// `Corrupt` when the mapping is damaged, `Blk` when it cannot be read.
+    pub(crate) fn map_lookup(
+        &self,
+        inode: &Inode,
+        logical: LogicalBlock,
+        max: u32,
+    ) -> Result<Mapping> {
+        let max = max.max(1);
+        let _map = inode.map.read();
+        if let Some(run) = inode.data.runs.get(logical.0, max) {
+            return Ok(run);
+        }
+        let io = FsMapIo::reader(self, inode);
+        let run = if io.is_extents() {
+            extents::lookup(&io, logical.0)?
+        } else {
+            indirect::lookup(&io, logical.0, max.max(BLOCK_MAP_RUN))?
+        };
+        inode.data.runs.put(logical.0, run);
+        Ok(run.part(0, max))
+    }
+
+    /// Where to look for blocks for `logical`.
+    pub(crate) fn map_goal(&self, inode: &Inode, logical: u32) -> Result<FsBlock> {
+        let _map = inode.map.read();
+        let io = FsMapIo::reader(self, inode);
+        let goal = if io.is_extents() {
+            extents::goal(&io, logical)?
+        } else {
+            indirect::goal(&io, logical)?
+        };
+        Ok(goal.unwrap_or_else(|| self.goal_for(inode)))
+    }
+
+    /// Allocates and maps one block now, for directories and long symlinks; the caller marks
+    /// the inode dirty.
+    ///
+    /// # Errors
+    /// `ENOSPC`, `EFBIG`; nothing is changed then.
+    pub(crate) fn map_new_meta(
+        &self,
+        handle: &Handle,
+        inode: &Inode,
+        logical: LogicalBlock,
+    ) -> Result<FsBlock> {
+        let goal = self.map_goal(inode, logical.0)?;
+        let _map = inode.map.write();
+        let block = self.new_meta_block(handle, goal)?;
+        let io = FsMapIo::writer(self, inode, handle, 0);
+        if let Err(error) = map_run(&io, inode, logical.0, block, 1) {
+            self.free_blocks(handle, block, 1, false)?;
+            return Err(error);
+        }
+        Ok(block)
+    }
+
+    /// Unmaps the end of `from..end` and frees its blocks, as much as one handle of
+    /// `credits::TRUNCATE` may; returns where the rest ends, `None` when nothing is left. The
+    /// caller marks the inode dirty.
+    pub(crate) fn unmap_step(
+        &self,
+        handle: &Handle,
+        inode: &Inode,
+        from: u32,
+        end: u32,
+    ) -> Result<Option<u32>> {
+        let _map = inode.map.write();
+        inode.data.runs.forget(from, end);
+        let io = FsMapIo::writer(self, inode, handle, 0);
+        let mut budget = Budget::new(GROUPS_PER_STEP);
+        if io.is_extents() {
+            extents_remove::remove_step(&io, from, end, &mut budget)
+        } else {
+            indirect::remove_step(&io, from, end, &mut budget)
+        }
+    }
+
+    /// The largest size a file of this mapping can have, bytes.
+    pub(crate) fn max_file_size(&self, inode: &Inode) -> u64 {
+        let features = self.sb.features();
+        let (block_size, huge) = (self.block_size(), features.huge_file());
+        let most = if inode.core.lock().is_extents() {
+            max_extent_file_size(block_size, huge)
+        } else {
+            max_block_map_file_size(block_size, huge)
+        };
+        if features.ro_compat.contains(RoCompat::LARGE_FILE) {
+            most
+        } else {
+            most.min(i32::MAX as u64)
+        }
+    }
+}
+
+/// Maps a hole to blocks that are marked used, and counts them; `Inode::map` is held
+/// exclusively.
+pub(crate) fn map_run(
+    io: &FsMapIo<'_>,
+    inode: &Inode,
+    logical: u32,
+    start: FsBlock,
+    len: u32,
+) -> Result<()> {
+    inode.data.runs.forget(logical, logical.saturating_add(len));
+    if io.is_extents() {
+        debug_assert!(len <= MAX_WRITTEN_LEN && MAX_UNWRITTEN_LEN < MAX_WRITTEN_LEN);
+        let logical = LogicalBlock(logical);
+        extents::insert(io, Extent { logical, len, start, unwritten: false })?;
+    } else {
+        indirect::insert(io, logical, start, len)?;
+    }
+    io.add_blocks(len);
+    inode.data.runs.put(logical, Mapping { start: Some(start), len, unwritten: false });
+    Ok(())
+}
+
+/// Makes unwritten blocks whose data is on the disk written; `Inode::map` is held exclusively.
+pub(crate) fn map_written(io: &FsMapIo<'_>, inode: &Inode, logical: u32, len: u32) -> Result<()> {
+    let end = logical.saturating_add(len);
+    inode.data.runs.forget(logical, end);
+    extents::mark_written(io, logical, end)
+}

@@ -1,0 +1,453 @@
+//! Writing dirty pages to the disk, where delayed blocks get their place.
+//!
+//! A batch of pages goes through these steps:
+//! 1. the pages are locked shared and clean ([`WritebackGuard`]), and the size is looked at;
+//! 2. their dirty blocks become segments: runs that lie together in the file and on the disk,
+//!    for delayed ones after claiming blocks in memory;
+//! 3. one bio per segment, all submitted together and waited for;
+//! 4. journal handles mark claimed blocks used and map them, and let `disk_size` follow;
+//! 5. the guards end, each with its page's result.
+//!
+//! So a transaction refers only to data that has been written. What fails leaves its pages
+//! dirty and its blocks delayed, with their reservation.
+//!
+//! A dirty block that is neither mapped nor delayed lies behind the end of the file, and
+//! is zeroes: it needs no place.
+//!
+//! Locks: `Inode::writeback`, then pages by rising index, then handle start, then
+//! `Inode::map` exclusive. Nobody who holds a handle waits for a page of a file, so
+//! holding pages while a handle starts is safe.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use uext_blockdev::{Bio, BioFlags, BioOp};
+use uext_jbd2::Handle;
+use uext_ondisk::extent::MAX_WRITTEN_LEN;
+use uext_ondisk::{FsBlock, LogicalBlock};
+use uext_pagecache::{
+    AddressSpace, AddressSpaceOps, PAGE_SIZE, WritebackControl, WritebackError, WritebackGuard,
+};
+use uext_vfs::Errno;
+
+use crate::balloc::Claim;
+use crate::credits;
+use crate::error::{Error, Result};
+use crate::file::PAGE;
+use crate::fs::Ext4;
+use crate::inode::Inode;
+use crate::map_blocks::{map_run, map_written};
+use crate::map_io::FsMapIo;
+
+/// Pages written together: enough for long extents and a busy disk.
+const BATCH_PAGES: usize = 2048;
+/// Segments that one handle maps.
+const SEGMENTS_PER_HANDLE: usize = 4;
+
+/// A locked page and how its write went.
+struct Page {
+    guard: WritebackGuard,
+    error: Option<WritebackError>,
+}
+
+/// Dirty blocks that lie together in the file.
+struct Run {
+    logical: u32,
+    len: u32,
+}
+
+/// Where a segment goes.
+enum Place {
+    /// Over blocks that hold data already.
+    Mapped(FsBlock),
+    /// To blocks that are mapped but count as zeroes until they are written.
+    Unwritten(FsBlock),
+    /// To blocks that nothing on the disk knows yet.
+    Claimed(Claim),
+}
+
+/// Blocks that lie together in the file and on the disk.
+struct Segment {
+    logical: u32,
+    len: u32,
+    place: Place,
+}
+
+impl Segment {
+    fn start(&self) -> FsBlock {
+        match &self.place {
+            Place::Mapped(start) | Place::Unwritten(start) => *start,
+            Place::Claimed(claim) => claim.start,
+        }
+    }
+}
+
+impl AddressSpaceOps for Inode {
+    fn writepages(
+        &self,
+        mapping: &Arc<AddressSpace>,
+        wbc: &WritebackControl,
+    ) -> std::result::Result<u64, WritebackError> {
+        let fs = self.fs().map_err(|error| as_writeback_error(&error))?;
+        let most = if wbc.sync { u64::MAX } else { wbc.nr_to_write };
+        fs.write_pages(self, mapping, wbc.range.clone(), most).map_err(|error| {
+            fs.report(Some(self.ino), &error);
+            as_writeback_error(&error)
+        })
+    }
+}
+
+fn as_writeback_error(error: &Error) -> WritebackError {
+    match error.errno() {
+        Errno::ENOSPC => WritebackError::NoSpace,
+        Errno::EROFS => WritebackError::ReadOnly,
+        Errno::EUCLEAN | Errno::EBADMSG => WritebackError::Corrupt,
+        Errno::EDQUOT => WritebackError::Quota,
+        _ => WritebackError::Io,
+    }
+}
+
+impl Ext4 {
+    /// Writes and maps all dirty data of a file, and waits for it.
+    ///
+    /// # Errors
+    /// The first failure; it is in the file's `errseq` too.
+    pub(crate) fn flush_data(&self, inode: &Inode) -> Result<()> {
+        Ok(inode.mapping.write_and_wait(0..u64::MAX)?)
+    }
+
+    /// Writes dirty pages of a range, at most `most`; gives how many were begun.
+    fn write_pages(
+        &self,
+        inode: &Inode,
+        mapping: &Arc<AddressSpace>,
+        range: Range<u64>,
+        most: u64,
+    ) -> Result<u64> {
+        let _writeback = inode.writeback.lock();
+        let (mut next, mut written, mut first_error) = (range.start, 0, None);
+        while written < most {
+            let count = usize::try_from(most - written).unwrap_or(BATCH_PAGES).min(BATCH_PAGES);
+            let folios = mapping.dirty_folios(next..range.end, count);
+            let Some(last) = folios.last() else { break };
+            // Going on behind the last one ends the loop although failed pages are dirty again.
+            next = last.index() + 1;
+            let pages: Vec<Page> = folios
+                .iter()
+                .map(|folio| Page { guard: folio.begin_writeback(), error: None })
+                .filter(|page| page.guard.dirty() != 0)
+                .collect();
+            drop(folios);
+            if pages.is_empty() {
+                continue;
+            }
+            written += pages.len() as u64;
+            if let Err(error) = self.write_batch(inode, pages) {
+                first_error.get_or_insert(error);
+            }
+        }
+        first_error.map_or(Ok(written), Err)
+    }
+
+    fn write_batch(&self, inode: &Inode, mut pages: Vec<Page>) -> Result<()> {
+        // Read while the pages are locked: what they hold is no shorter than this.
+        let size = inode.size();
+        let mut first_error = None;
+        let mut segments = Vec::new();
+        for run in self.dirty_runs(&pages, size) {
+            if let Err(error) = self.plan_run(inode, &run, &mut segments) {
+                // What was planned of the run goes on; the rest has no segment.
+                let planned = segments.last().filter(|s: &&Segment| s.logical >= run.logical);
+                let done = planned.map_or(run.logical, |s| s.logical + s.len);
+                self.fail(&mut pages, done, run.logical + run.len, &error);
+                first_error.get_or_insert(error);
+            }
+        }
+        self.write_segments(inode, &mut pages, &mut segments, &mut first_error);
+        self.map_segments(inode, &mut pages, segments, size, &mut first_error);
+        for page in pages {
+            let folio = page.guard.folio().clone();
+            let failed = page.error.is_some();
+            page.guard.complete(page.error.map_or(Ok(()), Err));
+            if failed && !folio.is_dirty() {
+                // The cache gave the page up; so its blocks never get a place.
+                let first = folio.index() * PAGE;
+                self.drop_delayed(inode, self.block_at(first), self.block_behind(first + PAGE));
+            }
+        }
+        first_error.map_or(Ok(()), Err)
+    }
+
+    /// The dirty blocks of pages as runs of the file, without what is behind its end.
+    fn dirty_runs(&self, pages: &[Page], size: u64) -> Vec<Run> {
+        let end = self.block_behind(size);
+        let block_size = self.block_size() as usize;
+        let mut runs: Vec<Run> = Vec::new();
+        for page in pages {
+            let first = self.block_at(page.guard.folio().index() * PAGE);
+            for at in 0..(PAGE_SIZE / block_size) as u32 {
+                let logical = first + at;
+                if page.guard.dirty() & (1 << at) == 0 || logical >= end {
+                    continue;
+                }
+                match runs.last_mut() {
+                    Some(run) if run.logical + run.len == logical => run.len += 1,
+                    _ => runs.push(Run { logical, len: 1 }),
+                }
+            }
+        }
+        runs
+    }
+
+    /// Finds or claims a place for every block of a run.
+    fn plan_run(&self, inode: &Inode, run: &Run, segments: &mut Vec<Segment>) -> Result<()> {
+        let (mut at, end) = (run.logical, run.logical + run.len);
+        while at < end {
+            let mapping = self.map_lookup(inode, LogicalBlock(at), end - at)?;
+            let len = mapping.len;
+            match mapping.start {
+                Some(start) if mapping.unwritten => {
+                    segments.push(Segment { logical: at, len, place: Place::Unwritten(start) });
+                }
+                Some(start) => {
+                    segments.push(Segment { logical: at, len, place: Place::Mapped(start) });
+                }
+                None => self.claim_hole(inode, at, len, segments)?,
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Claims places for the delayed blocks of a hole.
+    fn claim_hole(
+        &self,
+        inode: &Inode,
+        logical: u32,
+        len: u32,
+        segments: &mut Vec<Segment>,
+    ) -> Result<()> {
+        let (mut at, end) = (logical, logical + len);
+        let mut goal = None;
+        while at < end {
+            let (next, delayed_end) = {
+                let delayed = inode.data.delayed.lock();
+                let Some(next) = delayed.next(at).filter(|next| *next < end) else { return Ok(()) };
+                (next, delayed.end_of(next).unwrap_or(next + 1))
+            };
+            let count = (delayed_end.min(end) - next).min(MAX_WRITTEN_LEN);
+            let near = match goal {
+                Some(goal) => goal,
+                None => self.goal_after(inode, next, segments)?,
+            };
+            let claim = self.claim(near, count)?;
+            self.unreserve(u64::from(claim.len));
+            goal = Some(claim.start + u64::from(claim.len));
+            at = next + claim.len;
+            segments.push(Segment { logical: next, len: claim.len, place: Place::Claimed(claim) });
+        }
+        Ok(())
+    }
+
+    /// Where to look for blocks: behind the segment before, else where the mapping says.
+    fn goal_after(&self, inode: &Inode, logical: u32, segments: &[Segment]) -> Result<FsBlock> {
+        match segments.last() {
+            Some(last) if last.logical + last.len == logical => {
+                Ok(last.start() + u64::from(last.len))
+            }
+            _ => self.map_goal(inode, logical),
+        }
+    }
+
+    /// Writes the data of all segments; those that fail are taken out.
+    fn write_segments(
+        &self,
+        inode: &Inode,
+        pages: &mut [Page],
+        segments: &mut Vec<Segment>,
+        first_error: &mut Option<Error>,
+    ) {
+        let bios: Vec<Bio> = segments
+            .iter()
+            .enumerate()
+            .map(|(index, segment)| self.data_bio(pages, segment, index as u64))
+            .collect();
+        if bios.is_empty() {
+            return;
+        }
+        let mut failed = vec![None; segments.len()];
+        for bio in self.buffers.device().submit_bios_wait(bios) {
+            // The number was given to the bio above.
+            failed[bio.private() as usize] = bio.status().err();
+        }
+        let mut statuses = failed.into_iter();
+        let kept = std::mem::take(segments).into_iter().filter_map(|segment| {
+            let Some(status) = statuses.next().flatten() else { return Some(segment) };
+            let error = Error::from(status);
+            log::error!(
+                "{}: inode {}: writing {} blocks at block {} failed: {error}",
+                self.name,
+                inode.ino,
+                segment.len,
+                segment.start()
+            );
+            self.fail(pages, segment.logical, segment.logical + segment.len, &error);
+            first_error.get_or_insert(error);
+            self.give_up(segment);
+            None
+        });
+        *segments = kept.collect();
+    }
+
+    /// The write of one segment, from the pages' own memory.
+    fn data_bio(&self, pages: &[Page], segment: &Segment, private: u64) -> Bio {
+        let block_size = u64::from(self.block_size());
+        let sector = self.sector_of(segment.start());
+        let mut bio = Bio::new(BioOp::Write, BioFlags::empty(), sector);
+        bio.set_private(private);
+        let mut offset = u64::from(segment.logical) * block_size;
+        let end = offset + u64::from(segment.len) * block_size;
+        let first = offset / PAGE;
+        let mut at = pages.partition_point(|page| page.guard.folio().index() < first);
+        while offset < end {
+            // A segment is made of dirty blocks of locked pages, which follow each other.
+            let in_page = offset % PAGE;
+            let len = (end - offset).min(PAGE - in_page);
+            bio.add_vec(pages[at].guard.bvec(in_page as usize, len as usize));
+            offset += len;
+            at += 1;
+        }
+        bio
+    }
+
+    /// A segment that is not mapped: its blocks are delayed again, with their reservation.
+    fn give_up(&self, segment: Segment) {
+        if let Place::Claimed(claim) = segment.place {
+            self.reserve_again(u64::from(claim.len));
+            drop(claim);
+        }
+    }
+
+    /// Notes a failure in the pages of a range of blocks.
+    fn fail(&self, pages: &mut [Page], from: u32, end: u32, error: &Error) {
+        let block_size = u64::from(self.block_size());
+        let range = u64::from(from) * block_size / PAGE..(u64::from(end) * block_size).div_ceil(PAGE);
+        for page in pages.iter_mut().filter(|page| range.contains(&page.guard.folio().index())) {
+            page.error.get_or_insert(as_writeback_error(error));
+        }
+    }
+
+    /// Maps what was written and lets the size on the disk follow.
+    fn map_segments(
+        &self,
+        inode: &Inode,
+        pages: &mut [Page],
+        segments: Vec<Segment>,
+        size: u64,
+        first_error: &mut Option<Error>,
+    ) {
+        let mut pending: Vec<Segment> =
+            segments.into_iter().filter(|s| !matches!(s.place, Place::Mapped(_))).collect();
+        pending.reverse();
+        while !pending.is_empty() {
+            let count = pending.len().min(SEGMENTS_PER_HANDLE);
+            let mut group = pending.split_off(pending.len() - count);
+            if let Err(error) = self.map_group(inode, &mut group) {
+                // What the group still holds was not mapped.
+                for segment in group {
+                    self.fail(pages, segment.logical, segment.logical + segment.len, &error);
+                    self.give_up(segment);
+                }
+                first_error.get_or_insert(error);
+            }
+        }
+        if let Err(error) = self.follow_size(inode, pages, size) {
+            let last = pages.len() - 1;
+            pages[last].error.get_or_insert(as_writeback_error(&error));
+            first_error.get_or_insert(error);
+        }
+    }
+
+    /// Maps segments, last of the vector first, under one handle. Those left in it after an error
+    /// were not mapped.
+    fn map_group(&self, inode: &Inode, group: &mut Vec<Segment>) -> Result<()> {
+        let count = u32::try_from(group.len()).unwrap_or(u32::MAX);
+        let handle = self.start(credits::MAP_BLOCKS.saturating_mul(count) + credits::SETATTR)?;
+        let mapped = self.map_under(&handle, inode, group);
+        // Also after an error: what was mapped before it must reach the inode.
+        let marked = self.mark_inode_dirty(&handle, inode);
+        mapped.and(marked)
+    }
+
+    fn map_under(&self, handle: &Handle, inode: &Inode, group: &mut Vec<Segment>) -> Result<()> {
+        let _map = inode.map.write();
+        while let Some(segment) = group.pop() {
+            let (logical, len) = (segment.logical, segment.len);
+            match segment.place {
+                Place::Mapped(_) => {}
+                Place::Unwritten(start) => {
+                    let io = FsMapIo::writer(self, inode, handle, 0);
+                    if let Err(error) = map_written(&io, inode, logical, len) {
+                        group.push(Segment { logical, len, place: Place::Unwritten(start) });
+                        return Err(error);
+                    }
+                }
+                Place::Claimed(claim) => self.map_claim(handle, inode, logical, claim, group)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn map_claim(
+        &self,
+        handle: &Handle,
+        inode: &Inode,
+        logical: u32,
+        claim: Claim,
+        group: &mut Vec<Segment>,
+    ) -> Result<()> {
+        let len = claim.len;
+        // When it fails the blocks are free again, so the reservation comes first.
+        self.reserve_again(u64::from(len));
+        let used = self.mark_used(handle, claim);
+        let (start, len) = match used {
+            Ok(run) => run,
+            Err(error) => {
+                let place = Place::Mapped(FsBlock(0));
+                group.push(Segment { logical, len, place });
+                return Err(error);
+            }
+        };
+        let reserved = inode.data.delayed.lock().nodes();
+        let io = FsMapIo::writer(self, inode, handle, reserved);
+        let mapped = map_run(&io, inode, logical, start, len);
+        let used = reserved - io.reserved_left();
+        match mapped {
+            Ok(()) => {
+                self.unreserve(u64::from(len));
+                self.settle_delayed(inode, logical, logical + len, used);
+                Ok(())
+            }
+            Err(error) => {
+                self.settle_delayed(inode, logical, logical, used);
+                self.free_blocks(handle, start, len, false)?;
+                let place = Place::Mapped(FsBlock(0));
+                group.push(Segment { logical, len, place });
+                Err(error)
+            }
+        }
+    }
+
+    /// Lets `disk_size` follow to the end of what this batch wrote.
+    fn follow_size(&self, inode: &Inode, pages: &[Page], size: u64) -> Result<()> {
+        let done = pages.iter().rev().find(|page| page.error.is_none());
+        let Some(page) = done else { return Ok(()) };
+        let end = size.min((page.guard.folio().index() + 1) * PAGE);
+        if inode.core.lock().disk_size >= end {
+            return Ok(());
+        }
+        let handle = self.start(credits::SETATTR)?;
+        inode.core.lock().disk_size = end;
+        self.mark_inode_dirty(&handle, inode)
+    }
+}
