@@ -1,3 +1,10 @@
 //! uext: mkfs, fsck, mount and more, one program
+#![forbid(unsafe_code)]
 
+pub mod cli;
 pub mod fsck;
+pub mod logging;
+pub mod mount;
+pub mod mount_options;
+pub mod state;
+pub mod umount;

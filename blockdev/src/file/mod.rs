@@ -29,7 +29,7 @@ use crate::status::BlkResult;
 use engine_sync::{SyncEngine, WORKERS};
 use engine_uring::UringEngine;
 pub use open::OpenError;
-use target::Target;
+use target::{Kind, Target};
 
 /// How bios of threads that don't wait reach the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -96,6 +96,14 @@ impl FileDevice {
         let engine = make_engine(&target, options.engine)
             .map_err(|source| OpenError::Io { path: path.as_ref().to_owned(), source })?;
         Ok(Arc::new(Self { target, engine }))
+    }
+
+    /// Gives up the claim on an image before the device is dropped: whoever unmounts
+    /// says so when nothing will be written any more. A block device's claim stays.
+    pub fn release_claim(&self) {
+        if self.target.kind == Kind::Image {
+            open::unlock(&self.target.file);
+        }
     }
 
     /// Whether the page cache is passed by.

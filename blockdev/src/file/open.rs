@@ -138,6 +138,14 @@ fn lock(file: &File, read_only: bool) -> io::Result<()> {
     }
 }
 
+/// Undoes [`lock`].
+pub(super) fn unlock(file: &File) {
+    // SAFETY: the descriptor is open.
+    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_UN) } != 0 {
+        log::warn!("giving up the image's lock: {}", io::Error::last_os_error());
+    }
+}
+
 /// What direct I/O asks for, bytes; both 0 where it isn't there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct DioAlign {

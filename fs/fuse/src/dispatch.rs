@@ -78,7 +78,12 @@ pub struct Dispatcher {
     gone: AtomicBool,
     /// [itself] How the unmount went, once it was tried.
     unmounted: Mutex<Option<Result<()>>>,
+    /// [unmounted] Run after the unmount, before anybody is told of it.
+    after: Mutex<Option<AfterUnmount>>,
 }
+
+/// What gives up the claim on the image, say.
+pub type AfterUnmount = Box<dyn FnOnce() + Send>;
 
 impl Dispatcher {
     /// For one mount of `fs`.
@@ -96,7 +101,14 @@ impl Dispatcher {
             config: config.clone(),
             gone: AtomicBool::new(false),
             unmounted: Mutex::new(None),
+            after: Mutex::new(None),
         }
+    }
+
+    /// Has `after` run once the filesystem has unmounted, well or not, and before
+    /// umount(2) returns.
+    pub fn after_unmount(&self, after: AfterUnmount) {
+        *self.after.lock() = Some(after);
     }
 
     /// Unmounts the filesystem, once, whoever comes first: the kernel's `DESTROY` or
@@ -108,7 +120,11 @@ impl Dispatcher {
         let mut result = self.unmounted.lock();
         *result.get_or_insert_with(|| {
             self.gone.store(true, Ordering::Release); // PAIRS-WITH: dispatch
-            self.fs.unmount()
+            let unmounted = self.fs.unmount();
+            if let Some(after) = self.after.lock().take() {
+                after();
+            }
+            unmounted
         })
     }
 

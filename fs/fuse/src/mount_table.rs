@@ -16,6 +16,8 @@ pub struct MountEntry {
     pub fstype: String,
     /// What was mounted.
     pub source: OsString,
+    /// For FUSE, the user who mounted; else 0.
+    pub user: u32,
 }
 
 /// The table, in the order of mounting.
@@ -46,7 +48,11 @@ fn parse_line(line: &[u8]) -> Option<MountEntry> {
     fields.find(|field| *field == b"-")?;
     let fstype = String::from_utf8_lossy(unescape(fields.next()?).as_bytes()).into_owned();
     let source = unescape(fields.next()?);
-    Some(MountEntry { device, mount_point, fstype, source })
+    let options = fields.next().unwrap_or_default().split(|byte| *byte == b',');
+    let mut user =
+        options.filter_map(|option| str::from_utf8(option).ok()?.strip_prefix("user_id="));
+    let user = user.next().and_then(|user| user.parse().ok()).unwrap_or(0);
+    Some(MountEntry { device, mount_point, fstype, source, user })
 }
 
 /// Undoes the table's octal escapes of space, tab, newline and backslash.
@@ -77,12 +83,13 @@ mod tests {
     #[test]
     fn a_line_with_tags_and_escapes_is_read() {
         let line =
-            b"36 35 7:3 / /mnt/a\\040b rw,noatime shared:1 master:2 - fuseblk.uext /dev/loop3 rw";
+            b"36 35 7:3 / /mnt/a\\040b rw,noatime shared:1 master:2 - fuseblk.uext /dev/loop3 rw,user_id=1000";
         let mount = parse_line(line).unwrap();
         assert_eq!(mount.device, (7, 3));
         assert_eq!(mount.mount_point, Path::new("/mnt/a b"));
         assert_eq!(mount.fstype, "fuseblk.uext");
         assert_eq!(mount.source, "/dev/loop3");
+        assert_eq!(mount.user, 1000);
     }
 
     #[test]

@@ -31,7 +31,7 @@ use uext_vfs::{Errno, FileSystem};
 
 use crate::PAGE_SIZE;
 use crate::devfuse;
-use crate::dispatch::Dispatcher;
+use crate::dispatch::{AfterUnmount, Dispatcher};
 use crate::mount_table;
 use crate::notify::Notifier;
 use crate::sys::{self, FsContext, MountAttr};
@@ -149,6 +149,7 @@ pub struct Pending {
     config: Config,
     /// bdi names of block-backed FUSE filesystems have a suffix.
     block: bool,
+    after: Option<AfterUnmount>,
 }
 
 impl Pending {
@@ -199,7 +200,15 @@ impl Pending {
         context.create()?;
         // The superblock holds the loop device from here on.
         drop(token);
-        Ok(Self { device, context, config: config.clone(), block })
+        Ok(Self { device, context, config: config.clone(), block, after: None })
+    }
+
+    /// Has `after` run once the filesystem has unmounted, well or not, and before
+    /// umount(2) returns: what gives up the claim on the image, say.
+    #[must_use]
+    pub fn after_unmount(mut self, after: impl FnOnce() + Send + 'static) -> Self {
+        self.after = Some(Box::new(after));
+        self
     }
 
     /// Starts serving `fs` and attaches the mount at `dir`, an absolute path.
@@ -209,11 +218,14 @@ impl Pending {
     /// # Errors
     /// Those of the protocol's start and of attaching.
     pub fn serve(self, fs: Arc<dyn FileSystem>, dir: &Path) -> io::Result<Session> {
-        let Self { device, context, config, block } = self;
+        let Self { device, context, config, block, after } = self;
         let root = fs.root();
         let mut attributes = config.attributes;
         attributes.set(MountAttr::RDONLY, config.read_only || fs.capabilities().read_only);
         let dispatcher = Arc::new(Dispatcher::new(fs, &config));
+        if let Some(after) = after {
+            dispatcher.after_unmount(after);
+        }
         let device = Arc::new(device);
         let notifier = Notifier::new(Arc::downgrade(&device), root);
         let started = Workers::start(&device, &dispatcher, &config);

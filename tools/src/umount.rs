@@ -1,0 +1,105 @@
+//! `uext umount`: unmounts and returns when the image is clean.
+//!
+//! umount(2) of a fuseblk mount waits by itself; of a plain fuse mount it does not,
+//! and this waits for the daemon either way, so that the image may be used by
+//! somebody else right after.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::mount::{MntFlags, umount2};
+use uext_fuse::mount_table::{self, MountEntry};
+
+use crate::state::MountWaiter;
+
+/// How to unmount.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct UmountOptions {
+    /// Detach now, unmount when nobody uses it any more; does not wait.
+    pub lazy: bool,
+    /// Abort the connection: who uses the mount gets errors.
+    pub force: bool,
+}
+
+/// Unmounts `target`, a mount point or what is mounted, and waits.
+///
+/// # Errors
+/// One line.
+pub fn umount(target: &Path, options: UmountOptions) -> Result<(), String> {
+    let mount = find(target)?;
+    let dir = mount.mount_point.clone();
+    let named = |problem: &str| format!("{}: {problem}", dir.display());
+    // Before the unmount: the file goes with the daemon.
+    let waiter = MountWaiter::find(&mount, mount.user);
+    if nix::unistd::geteuid().is_root() {
+        let mut flags = MntFlags::empty();
+        flags.set(MntFlags::MNT_DETACH, options.lazy);
+        flags.set(MntFlags::MNT_FORCE, options.force);
+        match umount2(&dir, flags) {
+            Ok(()) => {}
+            // A forced umount has aborted the connection even when the mount is busy; its
+            // daemon takes it away.
+            Err(nix::Error::EBUSY) if options.force => {}
+            Err(nix::Error::EBUSY) => return Err(named("target is busy")),
+            Err(errno) => return Err(named(errno.desc())),
+        }
+    } else {
+        fusermount(&dir, options)?;
+    }
+    if options.lazy && !options.force {
+        return Ok(());
+    }
+    match waiter {
+        Some(waiter) => waiter.wait().map_err(|problem| named(&problem)),
+        None if mount.fstype.starts_with("fuseblk") => Ok(()),
+        None => {
+            Err(named("unmounted, but its daemon cannot be found: the image may still be written"))
+        }
+    }
+}
+
+/// The mount that is meant: a mount point, or the source of one mount.
+fn find(target: &Path) -> Result<MountEntry, String> {
+    let problem = |what: &dyn std::fmt::Display| format!("{}: {what}", target.display());
+    let mounts = mount_table::mounts().map_err(|error| problem(&error))?;
+    // The mount point of a dead daemon cannot be looked at, only its parent.
+    let dir = canonical_mount_point(target);
+    let ours =
+        |mount: &&MountEntry| mount.fstype.starts_with("fuse") && mount.fstype.ends_with(".uext");
+    if let Some(mount) = mounts.iter().rfind(|mount| mount.mount_point == dir) {
+        return if ours(&mount) {
+            Ok(mount.clone())
+        } else {
+            Err(problem(&format_args!("is mounted as {}, not by uext", mount.fstype)))
+        };
+    }
+    let mut by_source = mounts.iter().filter(ours).filter(|mount| mount.source == dir.as_os_str());
+    match (by_source.next(), by_source.next()) {
+        (Some(mount), None) => Ok(mount.clone()),
+        (Some(_), Some(_)) => Err(problem(&"is mounted more than once: name the mount point")),
+        (None, _) => Err(problem(&"not mounted")),
+    }
+}
+
+fn canonical_mount_point(target: &Path) -> PathBuf {
+    let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let by_parent = target.file_name().and_then(|name| {
+        let parent = parent.unwrap_or(Path::new(".")).canonicalize().ok()?;
+        Some(parent.join(name))
+    });
+    target.canonicalize().ok().or(by_parent).unwrap_or_else(|| target.to_owned())
+}
+
+fn fusermount(dir: &Path, options: UmountOptions) -> Result<(), String> {
+    let mut command = Command::new("fusermount3");
+    command.arg("-u");
+    if options.lazy || options.force {
+        command.arg("-z");
+    }
+    let output = command.arg("--").arg(dir).output();
+    let output = output.map_err(|error| format!("fusermount3: {error}"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
+}
