@@ -389,7 +389,7 @@ fn check_bad_blocks(
                 // As many blocks twice as there are: the list means nothing.
                 let Some(left) = budget.checked_sub(1) else { break };
                 budget = left;
-                if vital.contains(&block) {
+                if vital.contains(block) {
                     ctx.problem(Code::BadBlockMetadata, at.text("metadata"));
                 } else {
                     ctx.problem(Code::BadBlockSpare, at);
@@ -401,16 +401,23 @@ fn check_bad_blocks(
 }
 
 /// Metadata without which a filesystem does not work: the primary superblock and
-/// descriptors, and the bitmaps. A bad block of an inode table fails by itself.
-fn vital_blocks(ctx: &Context<'_, '_>) -> std::collections::HashSet<u64> {
+/// descriptors, bitmaps and inode tables.
+fn vital_blocks(ctx: &Context<'_, '_>) -> BitSet {
+    let mut vital = BitSet::new(ctx.sb.blocks_count());
     let first = ctx.sb.first_data_block().0;
-    let mut blocks: std::collections::HashSet<u64> =
-        (first..=first + u64::from(ctx.sb.gdt_blocks())).collect();
+    for block in first..=first + u64::from(ctx.sb.gdt_blocks()) {
+        vital.insert(block);
+    }
     for group in 0..ctx.sb.groups_count() {
         let desc = ctx.desc(group);
-        blocks.extend([desc.block_bitmap().0, desc.inode_bitmap().0]);
+        let table = desc.inode_table().0;
+        let table_end = table.saturating_add(ctx.sb.inode_table_blocks().into());
+        let maps = [desc.block_bitmap().0, desc.inode_bitmap().0];
+        for block in maps.into_iter().chain(table..table_end) {
+            vital.insert(block);
+        }
     }
-    blocks
+    vital
 }
 
 /// Whether an inode says how it is encrypted.

@@ -87,7 +87,7 @@ problems! {
     ResizeWithMetaBg = 0x000017, Warning, "superblock: resize_inode and meta_bg are both set";
     ResizeInodeNotClear = 0x000018, Warning, "inode {ino}: the resize inode is not empty";
     ResizeInodeBad = 0x000019, Warning, "inode {ino}: the resize inode is invalid: {text}";
-    QuotaInode = 0x00001A, Warning, "superblock: {num} cannot be a quota inode";
+    QuotaInode = 0x00001A, Error, "superblock: {num} cannot be a quota inode";
     JournalInode = 0x00001B, Error, "inode {ino}: the journal's inode is invalid: {text}";
     JournalSuper = 0x00001C, Error, "the journal's superblock in block {blk}: {text}";
     JournalFlags = 0x00001D, Warning, "superblock: journal fields are set without has_journal";
@@ -155,7 +155,7 @@ problems! {
         "inode {ino}: inode {num} holds an attribute's value without the ea_inode feature";
     NoEncryptionContext = 0x010045, Error, "inode {ino} is encrypted without a policy";
     BadBlockSpare = 0x010046, Warning,
-        "inode {ino}: bad block {blk} lies in an inode table or spare metadata";
+        "inode {ino}: bad block {blk} lies in a backup or spare metadata";
     ReservedField = 0x010047, Warning, "inode {ino} is reserved: {text}";
     IllegalBlock = 0x010029, Error,
         "inode {ino}: block {blk} (block {num} of the file) is outside the filesystem";
