@@ -385,7 +385,7 @@ impl Ext4 {
             let here = left.min(self.sb.clusters_in_group(group) - bit);
             if meta {
                 for block in 0..u64::from(here) {
-                    handle.revoke(start.0 + block)?;
+                    handle.revoke(start.0 + block);
                 }
             }
             self.free_in_group(handle, group, bit, here)?;

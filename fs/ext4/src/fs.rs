@@ -165,7 +165,7 @@ impl Ext4 {
         self.had_error.store(true, Ordering::Relaxed);
         {
             let mut sb = self.live_super.lock();
-            let state = sb.state() | State::ERROR_FS;
+            let state = sb.state() | State::ERROR;
             sb.set_state(state);
             sb.record_error(&ErrorRecord {
                 time: u64::try_from(Timestamp::now().sec).unwrap_or(0),

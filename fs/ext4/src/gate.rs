@@ -128,10 +128,10 @@ fn read_only_reason(sb: &Superblock, options: &MountOptions) -> Option<String> {
     if options.force {
         return None;
     }
-    if sb.state().contains(State::ERROR_FS) {
+    if sb.state().contains(State::ERROR) {
         return Some("the filesystem has recorded errors (run e2fsck, or mount with `-o force`)".into());
     }
-    if !features.has_journal() && !sb.state().contains(State::VALID_FS) {
+    if !features.has_journal() && !sb.state().contains(State::VALID) {
         return Some("it was not unmounted cleanly (run e2fsck, or mount with `-o force`)".into());
     }
     None

@@ -8,12 +8,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use uext_jbd2::Handle;
 use uext_ondisk::bitmap;
+use uext_ondisk::extent::ExtentNode;
 use uext_ondisk::group_desc::{GroupDesc, GroupFlags};
-use uext_ondisk::inode::{DeviceNumber, Inode as RawView, InodeFlags};
+use uext_ondisk::inode::{DeviceNumber, InodeFlags};
 use uext_ondisk::{Corrupt, FsBlock, GroupNumber, InodeNumber};
 use uext_vfs::Errno;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::fs::Ext4;
 use crate::groups::Desc;
 use crate::inode::{Core, Inode};
@@ -222,10 +223,10 @@ impl Ext4 {
         let mut i_block = [0; 60];
         if self.sb.features().extents() && matches!(kind, S_IFDIR | S_IFREG | S_IFLNK) {
             flags |= InodeFlags::EXTENTS;
-            uext_ondisk::extent::init_root(&mut i_block);
+            ExtentNode::init(&mut i_block[..], 0);
         }
         if matches!(kind, S_IFCHR | S_IFBLK) {
-            DeviceNumber::from_kernel(spec.rdev).encode(&mut i_block);
+            DeviceNumber::from_linux(spec.rdev).encode(&mut i_block);
         }
         let now = self.now();
         let crtime = (self.sb.inode_size() > 128).then_some(now);

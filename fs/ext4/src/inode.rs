@@ -132,7 +132,7 @@ impl Inode {
         let core = self.core.lock();
         let rdev = match self.kind {
             FileKind::BlockDevice | FileKind::CharDevice => {
-                DeviceNumber::decode(&core.i_block).to_kernel()
+                DeviceNumber::decode(&core.i_block).to_linux()
             }
             _ => 0,
         };

@@ -27,8 +27,25 @@
 //! whoever holds `map` exclusively never waits for a folio.
 #![forbid(unsafe_code)]
 
-pub mod credits;
-// (error, fs, inode follow with the journal.)
+pub mod error;
 pub mod options;
 
+mod balloc;
+mod credits;
+mod fs;
+mod gate;
+mod groups;
+mod ialloc;
+mod inode;
+mod journal_inode;
+mod mount;
+mod orphan;
+mod system_zone;
+mod stubs_data;
+mod stubs_names;
+mod vfs_impl;
+
+pub use error::{Error, Result};
+pub use fs::Ext4;
+pub use gate::MountError;
 pub use options::{AtimePolicy, DataMode, ErrorsPolicy, MountOptions};

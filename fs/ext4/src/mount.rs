@@ -98,11 +98,11 @@ impl Ext4 {
             let config = JournalConfig {
                 commit_interval: options.commit_interval,
                 barrier: options.barrier,
-                checksum_v3: sb.features().metadata_csum(),
+                csum_v3: sb.features().metadata_csum(),
                 wide: sb.features().bit64(),
                 ..JournalConfig::default()
             };
-            Journal::open(dev.clone(), map, buffers.clone(), config)?
+            Journal::open(dev.clone(), map, *sb.uuid().as_bytes(), buffers.clone(), config)?
         } else {
             Journal::none(buffers.clone())
         };
@@ -144,7 +144,7 @@ impl Ext4 {
             if self.journal.has_journal() {
                 sb.set_needs_recovery(true);
             } else {
-                let state = sb.state() - State::VALID_FS;
+                let state = sb.state() - State::VALID;
                 sb.set_state(state);
             }
             sb.set_mount_time(u64::try_from(Timestamp::now().sec).unwrap_or(0));
@@ -203,9 +203,9 @@ impl Ext4 {
             counted = self.sum_counts(sb);
             if clean {
                 sb.set_needs_recovery(false);
-                if !self.had_error() && !self.sb.state().contains(State::ERROR_FS) {
+                if !self.had_error() && !self.sb.state().contains(State::ERROR) {
                     // Without a journal an image that was not clean at mount (`force`) stays so.
-                    let was_valid = self.sb.state() & State::VALID_FS;
+                    let was_valid = self.sb.state() & State::VALID;
                     let state = sb.state() | was_valid;
                     sb.set_state(state);
                 }
@@ -266,7 +266,7 @@ fn recover(
         return Ok(dev);
     }
     let map = journal_map(dev.as_ref(), sb, ino)?;
-    let target: Device = if read_only { SnapshotDevice::over(dev.clone()) } else { dev };
+    let target: Device = if read_only { SnapshotDevice::over_device(dev.clone()) } else { dev };
     let report = {
         let journal = JournalLocation {
             device: target.as_ref(),
@@ -295,7 +295,7 @@ fn after_replay(
     sb.set_needs_recovery(false);
     if report.errno != 0 {
         // The journal was aborted: the kernel's ext4 and fsck both keep this as an error.
-        let state = sb.state() | State::ERROR_FS;
+        let state = sb.state() | State::ERROR;
         sb.set_state(state);
     }
     let flags = uext_blockdev::BioFlags::FUA | uext_blockdev::BioFlags::META;

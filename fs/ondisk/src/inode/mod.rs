@@ -220,6 +220,44 @@ pub struct DeviceNumber {
     pub minor: u32,
 }
 
+impl DeviceNumber {
+    /// From `i_block`: the old encoding in the first word, else the new one in the second.
+    pub fn decode(i_block: &[u8; I_BLOCK_SIZE]) -> Self {
+        let word = |at: usize| {
+            let bytes = &i_block[at..at + 4];
+            bytes.iter().rev().fold(0u32, |value, &byte| value << 8 | u32::from(byte))
+        };
+        match word(0) {
+            0 => Self::from_linux(word(4)),
+            old => Self { major: old >> 8 & 0xFF, minor: old & 0xFF },
+        }
+    }
+
+    /// Into `i_block`: the old encoding where it fits, as the kernel does.
+    pub fn encode(self, i_block: &mut [u8; I_BLOCK_SIZE]) {
+        let Self { major, minor } = self;
+        let (old, new) = if major < 256 && minor < 256 {
+            (major << 8 | minor, 0)
+        } else {
+            (0, self.to_linux())
+        };
+        i_block[..4].copy_from_slice(&old.to_le_bytes());
+        i_block[4..8].copy_from_slice(&new.to_le_bytes());
+        // The word after the new encoding is cleared too, as the kernel does.
+        i_block[8..12].fill(0);
+    }
+
+    /// From the 32 bits system calls and FUSE use (`new_decode_dev`).
+    pub fn from_linux(dev: u32) -> Self {
+        Self { major: dev >> 8 & 0xFFF, minor: dev & 0xFF | dev >> 12 & 0xF_FF00 }
+    }
+
+    /// To the 32 bits system calls and FUSE use (`new_encode_dev`).
+    pub fn to_linux(self) -> u32 {
+        self.minor & 0xFF | self.major << 8 | (self.minor & !0xFF) << 12
+    }
+}
+
 /// Numbers of the fields past byte 128: where each ends, for the fit check.
 macro_rules! extra_end {
     ($field:ident) => {
@@ -459,17 +497,7 @@ impl<B: AsRef<[u8]>> Inode<B> {
     /// The device number of a device file: 16 bits in the first word of `i_block`, or when
     /// that is 0, 32 bits in the second.
     pub fn device(&self) -> DeviceNumber {
-        let word = |at: usize| {
-            let bytes = &self.i_block()[at..at + 4];
-            bytes.iter().rev().fold(0u32, |value, &byte| value << 8 | u32::from(byte))
-        };
-        match word(0) {
-            0 => {
-                let new = word(4);
-                DeviceNumber { major: new >> 8 & 0xFFF, minor: new & 0xFF | new >> 12 & 0xF_FF00 }
-            }
-            old => DeviceNumber { major: old >> 8 & 0xFF, minor: old & 0xFF },
-        }
+        DeviceNumber::decode(self.i_block())
     }
 
     /// The seed of this inode's checksum and of its extent blocks and directory blocks: from
@@ -715,17 +743,7 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Inode<B> {
 
     /// Sets the device number: 16 bits where they suffice, as the kernel does.
     pub fn set_device(&mut self, device: DeviceNumber) {
-        let DeviceNumber { major, minor } = device;
-        let (old, new) = if major < 256 && minor < 256 {
-            (major << 8 | minor, 0)
-        } else {
-            (0, minor & 0xFF | major << 8 | (minor & !0xFF) << 12)
-        };
-        let block = self.i_block_mut();
-        block[..4].copy_from_slice(&old.to_le_bytes());
-        block[4..8].copy_from_slice(&new.to_le_bytes());
-        // The word after the new encoding is cleared too, as the kernel does.
-        block[8..12].fill(0);
+        device.encode(self.i_block_mut());
     }
 
     /// Computes and stores the checksum, under `metadata_csum`: the last step of every edit.
