@@ -42,11 +42,8 @@ impl Claim {
     /// Splits off the blocks from `len` on.
     pub fn split_off(&mut self, len: u32) -> Claim {
         assert!(len <= self.len, "split outside the claim");
-        let tail = Claim {
-            fs: self.fs.clone(),
-            start: self.start + u64::from(len),
-            len: self.len - len,
-        };
+        let tail =
+            Claim { fs: self.fs.clone(), start: self.start + u64::from(len), len: self.len - len };
         self.len = len;
         tail
     }
@@ -108,6 +105,11 @@ impl Ext4 {
             self.journal.commit_all()?;
         }
         Err(Errno::ENOSPC.into())
+    }
+
+    /// Promises blocks that a dropped claim has just given back to the same user: cannot fail.
+    pub(crate) fn reserve_again(&self, count: u64) {
+        self.space.lock().reserved += count;
     }
 
     /// Gives back what [`Ext4::reserve`] promised.
@@ -182,8 +184,10 @@ impl Ext4 {
                 Ok(map) => {
                     let free = bitmap::count_zero(&map, end);
                     if free != state.free_blocks {
-                        let detail =
-                            format!("{free} free blocks, the descriptor says {}", state.free_blocks);
+                        let detail = format!(
+                            "{free} free blocks, the descriptor says {}",
+                            state.free_blocks
+                        );
                         let corrupt = Corrupt::value("block bitmap", detail).in_group(group);
                         self.condemn(state, corrupt.into());
                         return Ok(None);
@@ -401,9 +405,12 @@ impl Ext4 {
         let desc = self.desc(group)?;
         // The in-memory bitmap is loaded first: later it would count the freed blocks as free.
         if self.claimed_map(group, &mut state)?.is_none() {
-            return Err(Corrupt::value("block bitmap", "is damaged, nothing is freed in the group")
-                .in_group(group)
-                .into());
+            return Err(Corrupt::value(
+                "block bitmap",
+                "is damaged, nothing is freed in the group",
+            )
+            .in_group(group)
+            .into());
         }
         let buf = self.buffers.bread(desc.block_bitmap.0)?;
         let mut map = handle.write(&buf)?;

@@ -113,9 +113,8 @@ impl Ext4 {
     /// `Corrupt` when its size leaves the range of block numbers.
     pub(crate) fn dir_blocks(&self, dir: &Inode) -> Result<u32> {
         let size = dir.core.lock().size;
-        u32::try_from(size / u64::from(self.block_size())).map_err(|_| {
-            Corrupt::value(WHAT, format!("size is {size}")).in_inode(dir.ino).into()
-        })
+        u32::try_from(size / u64::from(self.block_size()))
+            .map_err(|_| Corrupt::value(WHAT, format!("size is {size}")).in_inode(dir.ino).into())
     }
 
     /// An error of a directory's block, with its place.
@@ -226,12 +225,7 @@ impl Ext4 {
     ///
     /// # Errors
     /// `ENOSPC`; nothing is changed then.
-    pub(crate) fn init_dir(
-        &self,
-        handle: &Handle,
-        dir: &Inode,
-        parent: InodeNumber,
-    ) -> Result<()> {
+    pub(crate) fn init_dir(&self, handle: &Handle, dir: &Inode, parent: InodeNumber) -> Result<()> {
         let mut bytes = vec![0; self.block_size() as usize];
         let mut block = DirBlockMut::new(&mut bytes, self.dir_format());
         block.init_dot(dir.ino, parent);

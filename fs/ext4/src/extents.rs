@@ -11,9 +11,7 @@
 //!
 //! Locks: `Inode::map`, shared to look, exclusive to change.
 
-use uext_ondisk::extent::{
-    Extent, ExtentIndex, ExtentNode, MAX_DEPTH, MAX_WRITTEN_LEN, capacity,
-};
+use uext_ondisk::extent::{Extent, ExtentIndex, ExtentNode, MAX_DEPTH, MAX_WRITTEN_LEN, capacity};
 use uext_ondisk::{Corrupt, FsBlock, LogicalBlock};
 
 use crate::error::Result;
@@ -173,7 +171,8 @@ pub(crate) fn insert(io: &impl MapIo, extent: Extent) -> Result<()> {
     let before = at.checked_sub(1).and_then(|at| node.extent(at));
     let end = node.logical(*at).map_or(limit, |next| u64::from(next.0));
     if before.is_some_and(|b| b.end() > u64::from(extent.logical.0)) || extent.end() > end {
-        let corrupt = Corrupt::value("extent tree", "an extent is in the way").at_logical(extent.logical);
+        let corrupt =
+            Corrupt::value("extent tree", "an extent is in the way").at_logical(extent.logical);
         return Err(io.place(corrupt, None));
     }
     if merge(path.leaf(), extent) {
@@ -187,7 +186,10 @@ pub(crate) fn insert(io: &impl MapIo, extent: Extent) -> Result<()> {
 }
 
 /// Room that was made is there; a tree that says otherwise is damaged.
-fn expect_room(io: &impl MapIo, result: Result<(), uext_ondisk::extent::NodeFull>) -> Result<()> {
+fn expect_room(
+    io: &impl MapIo,
+    result: std::result::Result<(), uext_ondisk::extent::NodeFull>,
+) -> Result<()> {
     result.map_err(|_| io.place(Corrupt::value("extent tree", "a node did not split"), None))
 }
 

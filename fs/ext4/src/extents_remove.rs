@@ -25,7 +25,10 @@ pub(crate) fn remove_step(
         return Ok(None);
     }
     let mut path = Path::find(io, end - 1)?;
-    let last = { let Level { node, at, .. } = path.leaf(); at.checked_sub(1).and_then(|at| node.extent(at)) };
+    let last = {
+        let Level { node, at, .. } = path.leaf();
+        at.checked_sub(1).and_then(|at| node.extent(at))
+    };
     let Some(last) = last.filter(|extent| extent.end() > u64::from(from)) else {
         return Ok(None);
     };
@@ -72,9 +75,8 @@ fn rewrite(
 ) -> Result<()> {
     node.remove(0..node.len());
     for (at, extent) in extents.enumerate() {
-        node.insert_extent(at, extent).map_err(|_| {
-            io.place(Corrupt::value("extent tree", "a node did not split"), None)
-        })?;
+        node.insert_extent(at, extent)
+            .map_err(|_| io.place(Corrupt::value("extent tree", "a node did not split"), None))?;
     }
     Ok(())
 }

@@ -139,16 +139,20 @@ impl Ext4 {
         }
         // A page that another reader or a writer is about to make is found after the mapping
         // was looked at, since writers are excluded.
-        Ok(inode.data.delayed.lock().next(first).is_none_or(|next| {
-            u64::from(next) >= u64::from(first) + per_page
-        }))
+        Ok(inode
+            .data
+            .delayed
+            .lock()
+            .next(first)
+            .is_none_or(|next| u64::from(next) >= u64::from(first) + per_page))
     }
 
     /// Reads pages ahead of a sequential reader; errors show when a page is really read.
     fn read_ahead(&self, inode: &Arc<Inode>, range: std::ops::Range<u64>) {
         let mut missing = Vec::new();
         for index in range {
-            if inode.mapping.find(index).is_none() && matches!(self.is_hole(inode, index), Ok(false))
+            if inode.mapping.find(index).is_none()
+                && matches!(self.is_hole(inode, index), Ok(false))
             {
                 let folio = inode.mapping.find_or_create(index);
                 folio.set_readahead();
@@ -255,7 +259,8 @@ impl Ext4 {
             match (place, reads.last_mut()) {
                 (None, _) => guard[range].fill(0),
                 (Some(block), Some((last, first)))
-                    if last.end == start && first.0 + (last.len() / block_size) as u64 == block.0 =>
+                    if last.end == start
+                        && first.0 + (last.len() / block_size) as u64 == block.0 =>
                 {
                     last.end = range.end;
                 }
@@ -475,7 +480,8 @@ impl Ext4 {
     /// The bits of a page's blocks that a byte range touches.
     pub(crate) fn block_mask(&self, range: std::ops::Range<usize>) -> u8 {
         let block_size = self.block_size() as usize;
-        (range.start / block_size..range.end.div_ceil(block_size)).fold(0, |mask, at| mask | 1 << at)
+        (range.start / block_size..range.end.div_ceil(block_size))
+            .fold(0, |mask, at| mask | 1 << at)
     }
 
     /// Zeroes the tail of the block that holds the end of the file, before the file grows over it:

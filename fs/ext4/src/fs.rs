@@ -23,6 +23,7 @@ use crate::groups::Groups;
 use crate::inode::{Inode, InodeCache};
 use crate::options::{ErrorsPolicy, MountOptions};
 use crate::orphan::OrphanList;
+use crate::readdir::Ties;
 use crate::system_zone::SystemZone;
 
 /// A mounted filesystem.
@@ -46,6 +47,8 @@ pub struct Ext4 {
     pub(crate) space: Mutex<Space>,
     pub(crate) inodes: InodeCache,
     pub(crate) orphans: Mutex<OrphanList>,
+    /// Listing positions that a number alone cannot say.
+    pub(crate) ties: Ties,
     /// Held by a rename between two directories, so that no two change the tree's shape at once.
     pub(crate) rename: Mutex<()>,
     /// Nothing is written: asked for at mount, or after an error under `errors=remount-ro`.

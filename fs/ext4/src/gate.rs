@@ -13,7 +13,9 @@ use crate::options::MountOptions;
 #[derive(Debug, Error)]
 pub enum MountError {
     /// There is no superblock to read.
-    #[error("no ext2, ext3 or ext4 filesystem found: {0}; if it should be one, try `e2fsck -b 32768` or `-o sb=131072`")]
+    #[error(
+        "no ext2, ext3 or ext4 filesystem found: {0}; if it should be one, try `e2fsck -b 32768` or `-o sb=131072`"
+    )]
     NoSuperblock(Corrupt),
     /// The superblock is damaged.
     #[error("{0}; run e2fsck")]
@@ -95,7 +97,11 @@ pub(crate) fn check(sb: &Superblock, options: &MountOptions) -> Result<Verdict, 
             advice: "this is an external journal, mount the filesystem it belongs to",
         });
     }
-    let refused = Features { compat: Compat::empty(), incompat: features.incompat - INCOMPAT_RO, ro_compat: RoCompat::empty() };
+    let refused = Features {
+        compat: Compat::empty(),
+        incompat: features.incompat - INCOMPAT_RO,
+        ro_compat: RoCompat::empty(),
+    };
     if !refused.is_empty() {
         return Err(MountError::Unsupported {
             features: names(refused),
@@ -129,7 +135,9 @@ fn read_only_reason(sb: &Superblock, options: &MountOptions) -> Option<String> {
         return None;
     }
     if sb.state().contains(State::ERROR) {
-        return Some("the filesystem has recorded errors (run e2fsck, or mount with `-o force`)".into());
+        return Some(
+            "the filesystem has recorded errors (run e2fsck, or mount with `-o force`)".into(),
+        );
     }
     if !features.has_journal() && !sb.state().contains(State::VALID) {
         return Some("it was not unmounted cleanly (run e2fsck, or mount with `-o force`)".into());

@@ -81,8 +81,7 @@ impl Groups {
     /// Reads and checks every descriptor.
     pub fn load(sb: &Superblock, buffers: &BufferCache) -> Result<Self> {
         let checksum = sb.desc_checksum();
-        let mut groups =
-            Self { list: Vec::new(), tables: Vec::new(), checksum };
+        let mut groups = Self { list: Vec::new(), tables: Vec::new(), checksum };
         for n in 0..sb.gdt_blocks() {
             groups.tables.push(buffers.bread(sb.descriptor_block(n).0)?);
         }

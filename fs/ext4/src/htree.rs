@@ -55,7 +55,11 @@ fn view(bytes: &[u8], logical: LogicalBlock, csum: bool) -> uext_ondisk::Result<
 }
 
 /// A root or an inner node to edit.
-fn edit(bytes: &mut [u8], logical: LogicalBlock, csum: bool) -> uext_ondisk::Result<DxBlockMut<'_>> {
+fn edit(
+    bytes: &mut [u8],
+    logical: LogicalBlock,
+    csum: bool,
+) -> uext_ondisk::Result<DxBlockMut<'_>> {
     match logical.0 {
         0 => DxBlockMut::root(bytes, csum),
         _ => DxBlockMut::node(bytes, csum),
@@ -99,11 +103,7 @@ impl Ext4 {
     ///
     /// # Errors
     /// Damage of the index.
-    pub(crate) fn probe(
-        &self,
-        dir: &Inode,
-        hash: impl FnOnce(&DirHasher) -> u32,
-    ) -> Result<Path> {
+    pub(crate) fn probe(&self, dir: &Inode, hash: impl FnOnce(&DirHasher) -> u32) -> Result<Path> {
         let root = self.index_block(dir, LogicalBlock(0))?;
         let (info, mut next, mut frames);
         let (hasher, hash) = {
@@ -354,7 +354,8 @@ impl Ext4 {
         let format = self.dir_format();
         let mut lower = leaf.read().to_vec();
         let mut upper = vec![0; lower.len()];
-        let split = htree::split_leaf(&mut lower, &mut upper, format, &path.hasher).map_err(place)?;
+        let split =
+            htree::split_leaf(&mut lower, &mut upper, format, &path.hasher).map_err(place)?;
         for half in [&mut lower, &mut upper] {
             uext_ondisk::dir_entry::DirBlockMut::new(half, format)
                 .set_checksum(dir.csum_seed)

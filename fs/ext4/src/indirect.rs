@@ -157,9 +157,8 @@ fn make_way(io: &impl MapIo, path: &BlockPath, near: FsBlock) -> Result<FsBlock>
 
 /// Sets the pointers of a run in the last node of a path that is there.
 fn set_run(io: &impl MapIo, path: &BlockPath, start: FsBlock, len: u32) -> Result<()> {
-    let (mut bytes, block) = last_node(io, path)?.ok_or_else(|| {
-        io.place(Corrupt::value("block map", "changed while it was read"), None)
-    })?;
+    let (mut bytes, block) = last_node(io, path)?
+        .ok_or_else(|| io.place(Corrupt::value("block map", "changed while it was read"), None))?;
     let first = path.offsets()[path.depth()] as usize;
     let mut node = pointers(io, &mut bytes[..])?;
     for index in 0..len {
@@ -285,9 +284,10 @@ fn store_cleared(
     let mut emptied = Vec::new();
     while let Some((block, mut bytes)) = levels.pop() {
         let is_empty = pointers(io, &bytes[..])?.is_all_holes();
+        let above = levels.len();
         match (block, levels.last_mut()) {
             (Some(block), Some((_, parent))) if is_empty => {
-                let at = path.offsets()[levels.len() - 1] as usize;
+                let at = path.offsets()[above - 1] as usize;
                 pointers(io, &mut parent[..])?.set(at, None);
                 emptied.push(block);
             }

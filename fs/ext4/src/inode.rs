@@ -24,6 +24,7 @@ use uext_pagecache::{AddressSpace, AddressSpaceOps, Buffer};
 use uext_vfs::{Attr, Errno, FileKind, Timestamp};
 
 use crate::credits;
+use crate::delayed::FileData;
 use crate::error::{Error, Result};
 use crate::fs::Ext4;
 use crate::options::AtimePolicy;
@@ -84,10 +85,12 @@ pub(crate) struct Inode {
     pub core: Mutex<Core>,
     /// The cached data; empty for anything but regular files.
     pub mapping: Arc<AddressSpace>,
-    /// Blocks reserved for delayed data and its mapping [changed with folios locked].
+    /// Blocks reserved for delayed data and its mapping.
     pub reserved: AtomicU64,
     /// Delayed blocks among them, for `st_blocks`.
     pub delayed: AtomicU64,
+    /// What the data path keeps: delayed blocks, looked-up runs, readahead.
+    pub data: FileData,
     /// Lookups that a front end owes a forget for [inode cache shard].
     pub lookups: AtomicU64,
     /// The last transaction that changed the inode, and that changed what fdatasync needs.
@@ -258,7 +261,9 @@ impl Ext4 {
             return Err(Corrupt::value("inode", kind).in_inode(ino).into());
         }
         let flags = raw.flags();
-        for (flag, name) in [(InodeFlags::ENCRYPT, "encrypted"), (InodeFlags::CASEFOLD, "casefolded")] {
+        for (flag, name) in
+            [(InodeFlags::ENCRYPT, "encrypted"), (InodeFlags::CASEFOLD, "casefolded")]
+        {
             if flags.contains(flag) {
                 log::warn!("{}: inode {ino}: {name} files are not supported", self.name);
                 return Err(Errno::EOPNOTSUPP.into());
@@ -278,8 +283,7 @@ impl Ext4 {
 
     /// The in-core inode of a number.
     pub(crate) fn build_inode(&self, ino: InodeNumber, generation: u32, core: Core) -> Arc<Inode> {
-        let csum_seed =
-            uext_ondisk::inode::inode_csum_seed(self.sb.csum_seed(), ino, generation);
+        let csum_seed = uext_ondisk::inode::inode_csum_seed(self.sb.csum_seed(), ino, generation);
         let kind = FileKind::from_mode(u32::from(core.mode)).unwrap_or(FileKind::Regular);
         Arc::new_cyclic(|me: &Weak<Inode>| {
             let ops: Weak<dyn AddressSpaceOps> = me.clone();
@@ -296,6 +300,7 @@ impl Ext4 {
                 mapping: AddressSpace::new(&self.cache, u64::from(ino.0), ops),
                 reserved: AtomicU64::new(0),
                 delayed: AtomicU64::new(0),
+                data: FileData::default(),
                 lookups: AtomicU64::new(0),
                 sync_tid: AtomicU32::new(self.journal.committed_tid()),
                 datasync_tid: AtomicU32::new(self.journal.committed_tid()),
@@ -518,6 +523,9 @@ impl InodeCache {
 
     /// Every cached inode.
     pub fn all(&self) -> Vec<Arc<Inode>> {
-        self.shards.iter().flat_map(|shard| shard.lock().values().cloned().collect::<Vec<_>>()).collect()
+        self.shards
+            .iter()
+            .flat_map(|shard| shard.lock().values().cloned().collect::<Vec<_>>())
+            .collect()
     }
 }

@@ -31,10 +31,15 @@ pub(crate) fn journal_map(
         return Err(Corrupt::value("journal inode", "is not a file in use").in_inode(ino).into());
     }
     let size = inode.size(sb.features());
-    let blocks = u32::try_from(size / u64::from(sb.block_size())).map_err(|_| {
-        Corrupt::value("journal inode", format!("size {size}")).in_inode(ino)
-    })?;
-    let mut walk = Walk { dev, sb, seed: inode.csum_seed(sb.csum_seed(), ino), runs: Vec::new(), budget: blocks };
+    let blocks = u32::try_from(size / u64::from(sb.block_size()))
+        .map_err(|_| Corrupt::value("journal inode", format!("size {size}")).in_inode(ino))?;
+    let mut walk = Walk {
+        dev,
+        sb,
+        seed: inode.csum_seed(sb.csum_seed(), ino),
+        runs: Vec::new(),
+        budget: blocks,
+    };
     if inode.flags().contains(InodeFlags::EXTENTS) {
         walk.extents(inode.i_block(), &NodeLimits::root(sb), None)?;
     } else {
@@ -83,7 +88,9 @@ impl Walk<'_> {
         let left = self.budget.checked_sub(1);
         self.budget = left.ok_or_else(|| Corrupt::value("journal inode", "mapping is endless"))?;
         if !self.sb.is_fs_block(block) {
-            return Err(Corrupt::value("journal inode", "mapping leaves the filesystem").in_block(block).into());
+            return Err(Corrupt::value("journal inode", "mapping leaves the filesystem")
+                .in_block(block)
+                .into());
         }
         let size = self.sb.block_size();
         Ok(self.dev.read_at(block.0 * u64::from(size), size as usize)?)
@@ -105,7 +112,9 @@ impl Walk<'_> {
         for (at, entry) in node.indexes().enumerate() {
             let child = self.read(entry.child)?;
             if self.sb.features().metadata_csum() {
-                ExtentNode::new(&child[..])?.verify(self.seed).map_err(|c| c.in_block(entry.child))?;
+                ExtentNode::new(&child[..])?
+                    .verify(self.seed)
+                    .map_err(|c| c.in_block(entry.child))?;
             }
             self.extents(&child, &limits.child(&node, at), Some(entry.child))?;
         }

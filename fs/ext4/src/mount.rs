@@ -28,6 +28,7 @@ use crate::inode::InodeCache;
 use crate::journal_inode::journal_map;
 use crate::options::MountOptions;
 use crate::orphan::OrphanList;
+use crate::readdir::Ties;
 use crate::system_zone::SystemZone;
 
 type Device = Arc<dyn BlockDevice>;
@@ -124,6 +125,7 @@ impl Ext4 {
             space,
             inodes: InodeCache::new(),
             orphans: Mutex::new(OrphanList::default()),
+            ties: Ties::default(),
             rename: Mutex::new(()),
             read_only: AtomicBool::new(read_only),
             had_error: AtomicBool::new(false),
@@ -268,11 +270,8 @@ fn recover(
     let map = journal_map(dev.as_ref(), sb, ino)?;
     let target: Device = if read_only { SnapshotDevice::over_device(dev.clone()) } else { dev };
     let report = {
-        let journal = JournalLocation {
-            device: target.as_ref(),
-            map: &map,
-            block_size: sb.block_size(),
-        };
+        let journal =
+            JournalLocation { device: target.as_ref(), map: &map, block_size: sb.block_size() };
         Recovery::open(journal, target.as_ref())?.replay(OnDamage::Keep)?
     };
     after_replay(target.as_ref(), name, options, &report)?;

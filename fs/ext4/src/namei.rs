@@ -37,9 +37,16 @@ const SPACE_RETRIES: u32 = 3;
 #[derive(Clone, Copy)]
 enum NewNode<'a> {
     /// Any type but directory and symlink; the device number in the kernel's new encoding.
-    File { mode: u16, rdev: u32 },
-    Directory { mode: u16 },
-    Symlink { target: &'a [u8] },
+    File {
+        mode: u16,
+        rdev: u32,
+    },
+    Directory {
+        mode: u16,
+    },
+    Symlink {
+        target: &'a [u8],
+    },
 }
 
 impl NewNode<'_> {
@@ -127,8 +134,9 @@ impl Ext4 {
 
     /// Whether a directory may not take another subdirectory.
     pub(crate) fn is_dir_full(&self, dir: &Inode) -> bool {
-        let many = self.sb.features().ro_compat.contains(uext_ondisk::features::RoCompat::DIR_NLINK)
-            && self.is_indexed(dir);
+        let many =
+            self.sb.features().ro_compat.contains(uext_ondisk::features::RoCompat::DIR_NLINK)
+                && self.is_indexed(dir);
         dir.core.lock().nlink >= LINK_MAX && !many
     }
 
@@ -341,9 +349,8 @@ impl Ext4 {
     /// next mount.
     fn discard_new(&self, handle: Handle, inode: &Arc<Inode>) {
         inode.core.lock().nlink = 0;
-        let listed = self
-            .mark_inode_dirty(&handle, inode)
-            .and_then(|()| self.orphan_add(&handle, inode));
+        let listed =
+            self.mark_inode_dirty(&handle, inode).and_then(|()| self.orphan_add(&handle, inode));
         drop(handle);
         if let Err(error) = listed {
             self.report(Some(inode.ino), &error);
@@ -456,11 +463,7 @@ impl Ext4 {
     }
 
     /// The entry of a name to be removed, and its inode.
-    fn find_removable(
-        &self,
-        dir: &Inode,
-        name: &[u8],
-    ) -> Result<(crate::dir::Slot, Arc<Inode>)> {
+    fn find_removable(&self, dir: &Inode, name: &[u8]) -> Result<(crate::dir::Slot, Arc<Inode>)> {
         if !dir.is_dir() {
             return Err(Errno::ENOTDIR.into());
         }

@@ -110,9 +110,16 @@ impl Ext4 {
         let mut next = self.with_super(|sb| sb.last_orphan());
         while let Some(ino) = next {
             if !seen.insert(ino) {
-                return Err(Corrupt::value("orphan list", "goes round in a circle").in_inode(ino).into());
+                return Err(Corrupt::value("orphan list", "goes round in a circle")
+                    .in_inode(ino)
+                    .into());
             }
-            let inode = match self.sb.check_inode(ino).map_err(Into::into).and_then(|ino| self.iget_deleted(ino)) {
+            let inode = match self
+                .sb
+                .check_inode(ino)
+                .map_err(Into::into)
+                .and_then(|ino| self.iget_deleted(ino))
+            {
                 Ok(inode) => inode,
                 Err(error) => {
                     // What cannot be followed is given up; e2fsck finds what is left of it.
@@ -144,7 +151,9 @@ impl Ext4 {
 
     fn clean_orphan_file(&self) -> Result<u32> {
         let Some(file) = self.sb.orphan_file_inum() else {
-            return Err(Corrupt::value("superblock", "orphans are present, but no orphan file").into());
+            return Err(
+                Corrupt::value("superblock", "orphans are present, but no orphan file").into()
+            );
         };
         let file = self.iget(file)?;
         let blocks = file.core.lock().size.div_ceil(u64::from(self.block_size()));

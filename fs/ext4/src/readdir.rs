@@ -276,11 +276,7 @@ impl Ext4 {
 
     /// The first entries at or after a cursor among all blocks: for a directory without an
     /// index, or with one that is not trusted.
-    fn batch_by_scan(
-        &self,
-        dir: &Inode,
-        cursor: &Cursor,
-    ) -> Result<(Vec<Listed>, Option<Cursor>)> {
+    fn batch_by_scan(&self, dir: &Inode, cursor: &Cursor) -> Result<(Vec<Listed>, Option<Cursor>)> {
         let indexed = self.is_indexed(dir);
         let hasher = match indexed.then(|| self.hasher_of(dir)) {
             Some(Ok(hasher)) => hasher,

@@ -312,13 +312,7 @@ impl Ext4 {
         self.dir_changed(&handle, to.dir)
     }
 
-    fn exchange(
-        &self,
-        from: Side<'_>,
-        to: Side<'_>,
-        source: &Found,
-        target: &Found,
-    ) -> Result<()> {
+    fn exchange(&self, from: Side<'_>, to: Side<'_>, source: &Found, target: &Found) -> Result<()> {
         let handle = self.start(credits::RENAME)?;
         self.redirect_entry(&handle, to.dir, &target.slot, Target::of(&source.inode))?;
         self.redirect_entry(&handle, from.dir, &source.slot, Target::of(&target.inode))?;

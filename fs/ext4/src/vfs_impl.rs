@@ -44,8 +44,7 @@ impl Ext4 {
     fn release_unlinked(&self, victim: Option<Arc<Inode>>) -> Result<()> {
         match victim {
             Some(inode)
-                if inode.core.lock().nlink == 0
-                    && inode.lookups.load(Ordering::Relaxed) == 0 =>
+                if inode.core.lock().nlink == 0 && inode.lookups.load(Ordering::Relaxed) == 0 =>
             {
                 self.delete_inode(&inode)
             }
@@ -149,7 +148,9 @@ impl FileSystem for Ext4 {
 
     fn iget(&self, _ctx: &Context, ino: Ino) -> uext_vfs::Result<Entry> {
         match self.inode(ino) {
-            Ok(inode) if inode.core.lock().nlink > 0 || inode.lookups.load(Ordering::Relaxed) > 0 => {
+            Ok(inode)
+                if inode.core.lock().nlink > 0 || inode.lookups.load(Ordering::Relaxed) > 0 =>
+            {
                 Ok(self.entry(&inode))
             }
             _ => Err(Errno::ESTALE),

@@ -331,7 +331,8 @@ impl Ext4 {
     /// Notes a failure in the pages of a range of blocks.
     fn fail(&self, pages: &mut [Page], from: u32, end: u32, error: &Error) {
         let block_size = u64::from(self.block_size());
-        let range = u64::from(from) * block_size / PAGE..(u64::from(end) * block_size).div_ceil(PAGE);
+        let range =
+            u64::from(from) * block_size / PAGE..(u64::from(end) * block_size).div_ceil(PAGE);
         for page in pages.iter_mut().filter(|page| range.contains(&page.guard.folio().index())) {
             page.error.get_or_insert(as_writeback_error(error));
         }

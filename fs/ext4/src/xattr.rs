@@ -153,9 +153,8 @@ impl Ext4 {
 
     /// A value that lies in an inode of its own (images with ea_inode, which are read-only).
     fn held_value(&self, inode: &Inode, holder: InodeNumber, size: u32) -> Result<Vec<u8>> {
-        let bad = |detail: String| {
-            self.xattr_error(inode, Corrupt::value("extended attributes", detail))
-        };
+        let bad =
+            |detail: String| self.xattr_error(inode, Corrupt::value("extended attributes", detail));
         let len = size as usize;
         if len > VALUE_MAX {
             return Err(bad(format!("a value of {len} bytes")));
@@ -287,8 +286,7 @@ impl Ext4 {
             let _exclusive = inode.rwsem.write();
             self.check_xattr_access(ctx, inode, name, true)?;
             let handle = self.start(credits::SETATTR + credits::XATTR)?;
-            let done =
-                self.write_xattr(&handle, inode, name, None, XattrFlags::REPLACE);
+            let done = self.write_xattr(&handle, inode, name, None, XattrFlags::REPLACE);
             match done {
                 // Linux removes an ACL that is not there without a word.
                 Err(error) if name.is_acl() && error.is(Errno::ENODATA) => Ok(()),

@@ -236,11 +236,8 @@ impl DeviceNumber {
     /// Into `i_block`: the old encoding where it fits, as the kernel does.
     pub fn encode(self, i_block: &mut [u8; I_BLOCK_SIZE]) {
         let Self { major, minor } = self;
-        let (old, new) = if major < 256 && minor < 256 {
-            (major << 8 | minor, 0)
-        } else {
-            (0, self.to_linux())
-        };
+        let (old, new) =
+            if major < 256 && minor < 256 { (major << 8 | minor, 0) } else { (0, self.to_linux()) };
         i_block[..4].copy_from_slice(&old.to_le_bytes());
         i_block[4..8].copy_from_slice(&new.to_le_bytes());
         // The word after the new encoding is cleared too, as the kernel does.
