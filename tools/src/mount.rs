@@ -75,7 +75,9 @@ pub fn mount(mount: Mount, opener: Opener) -> Result<(), String> {
 /// Starts this program again, with the same arguments, and waits for its word.
 fn start_daemon() -> Result<(), String> {
     let mut args = std::env::args_os();
-    let mut command = Command::new("/proc/self/exe");
+    // The link still works when the program was replaced meanwhile.
+    let program = std::env::current_exe().ok().filter(|path| path.exists());
+    let mut command = Command::new(program.unwrap_or_else(|| "/proc/self/exe".into()));
     command.arg0(args.next().unwrap_or_else(|| "uext".into())).args(args);
     command.env(DAEMON_ENV, "1").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = command.spawn().map_err(|error| format!("starting the daemon: {error}"))?;

@@ -64,8 +64,12 @@ fn find(target: &Path) -> Result<MountEntry, String> {
     let mounts = mount_table::mounts().map_err(|error| problem(&error))?;
     // The mount point of a dead daemon cannot be looked at, only its parent.
     let dir = canonical_mount_point(target);
-    let ours =
-        |mount: &&MountEntry| mount.fstype.starts_with("fuse") && mount.fstype.ends_with(".uext");
+    // fuser, used as root, does not tell the kernel its subtype.
+    let ours = |mount: &&MountEntry| {
+        let fuse = mount.fstype.starts_with("fuse");
+        let named = mount.fstype.ends_with(".uext");
+        fuse && (named || MountWaiter::find(mount, mount.user).is_some())
+    };
     if let Some(mount) = mounts.iter().rfind(|mount| mount.mount_point == dir) {
         return if ours(&mount) {
             Ok(mount.clone())
