@@ -11,7 +11,7 @@ use std::sync::Arc;
 use clap::{Args, Parser, Subcommand};
 
 use uext_blockdev::BlockDevice;
-use uext_ext4::MountOptions;
+use uext_ext4::{Ext4, MountOptions};
 use uext_vfs::FileSystem;
 
 use crate::mount::{self, Mount};
@@ -288,11 +288,12 @@ fn umount_helper(args: &UmountHelper) -> Result<(), Failure> {
 
 /// The filesystem that is mounted.
 fn open_ext4(
-    _dev: Arc<dyn BlockDevice>,
-    _name: &str,
-    _options: &MountOptions,
+    dev: Arc<dyn BlockDevice>,
+    name: &str,
+    options: &MountOptions,
 ) -> Result<Arc<dyn FileSystem>, String> {
-    Err("this build cannot mount yet".into())
+    let fs = Ext4::mount(dev, name, options).map_err(|error| format!("{name}: {error}"))?;
+    Ok(fs)
 }
 
 fn mkfs(_args: Vec<OsString>) -> i32 {

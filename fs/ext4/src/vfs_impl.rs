@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering;
 use uext_jbd2::Handle;
 use uext_ondisk::InodeNumber;
 use uext_vfs::{
-    Attr, Context, DirSink, Entry, Errno, FileHandle, FileKind, FileSystem, Ino, OpenReply,
-    ReadReply, RenameFlags, SetAttr, SetTime, StatFs, WriteFlags, XattrFlags,
+    Attr, Capabilities, Context, DirSink, Entry, Errno, FileHandle, FileKind, FileSystem, Ino,
+    OpenReply, ReadReply, RenameFlags, SetAttr, SetTime, StatFs, WriteFlags, XattrFlags,
 };
 
 use crate::credits;
@@ -139,6 +139,14 @@ impl Ext4 {
 impl FileSystem for Ext4 {
     fn root(&self) -> Ino {
         Ino::from(InodeNumber::ROOT.0)
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            stateless_open: true,
+            posix_acl: self.options.acl,
+            read_only: self.is_read_only(),
+        }
     }
 
     fn lookup(&self, ctx: &Context, parent: Ino, name: &[u8]) -> uext_vfs::Result<Entry> {
