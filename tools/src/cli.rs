@@ -296,9 +296,8 @@ fn open_ext4(
     Ok(fs)
 }
 
-fn mkfs(_args: Vec<OsString>) -> i32 {
-    eprintln!("uext: this build cannot make filesystems yet; use mkfs.ext4");
-    EXIT_USAGE
+fn mkfs(args: Vec<OsString>) -> i32 {
+    crate::mkfs::main(args)
 }
 
 fn fsck(args: Vec<OsString>) -> i32 {

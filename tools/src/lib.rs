@@ -4,6 +4,7 @@
 pub mod cli;
 pub mod fsck;
 pub mod logging;
+pub mod mkfs;
 pub mod mount;
 pub mod mount_options;
 pub mod state;

@@ -1,0 +1,1 @@
+//! Filesystems made in memory.
