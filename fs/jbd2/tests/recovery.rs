@@ -314,7 +314,7 @@ fn no_journal_bytes_make_recovery_panic_or_loop() {
             let at = block * 1024 + usize::from(u16::from_le_bytes([part[1], part[2]])) % 64;
             bytes[at] = part[3];
         }
-        if seed % 2 == 0 {
+        if seed.is_multiple_of(2) {
             fix_superblock(&mut bytes, map.map(0).unwrap() as usize * 1024, seed);
         }
         let device = MemoryDevice::from_vec(bytes);
