@@ -67,6 +67,8 @@ pub fn fill(root: &Path, size: Size, seed: u64) {
         let anchor = big.join(format!("anchor-{}", i / 10_000 * 10_000));
         fs::hard_link(&anchor, &path).expect("link");
     }
+    // The kernel counts mapping blocks into st_blocks only when delayed data has its place.
+    nix::unistd::sync();
 }
 
 fn fill_forest(root: &Path, files: u64, rng: &mut Rng) {
