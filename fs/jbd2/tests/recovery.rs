@@ -359,3 +359,61 @@ fn a_full_device_error_keeps_the_log() {
     assert!(matches!(error, JournalError::Io { .. }), "{error:?}");
     assert!(Recovery::open(location(device, &map, block_size), device).unwrap().needs_recovery());
 }
+
+#[test]
+fn journals_that_the_kernel_writes_replay_as_e2fsck_replays_them() {
+    let dir = scratch();
+    if !have_e2fsprogs() || !have_kernel_mounts(dir.path()) {
+        return;
+    }
+    for features in ["64bit,metadata_csum", "^64bit,^metadata_csum"] {
+        let image = mkfs(dir.path(), &["-b", "1024", "-O", features], "16384");
+        let copy = dir.path().join("copy");
+        let mount = KernelMount::new(&image, ",commit=1").unwrap();
+        for round in 0..40 {
+            let sub = mount.path().join(format!("dir{round}"));
+            std::fs::create_dir(&sub).unwrap();
+            for file in 0..30 {
+                std::fs::write(sub.join(format!("file{file}")), pattern(file + 1, 700)).unwrap();
+            }
+            if round % 3 == 2 {
+                std::fs::remove_dir_all(mount.path().join(format!("dir{}", round - 1))).unwrap();
+            }
+            run("sync", &["-f", mount.path().to_str().unwrap()]);
+        }
+        std::fs::copy(&image, &copy).unwrap();
+        drop(mount);
+        let report = assert_same_replay(&copy);
+        assert!(report.blocks_replayed > 0, "{features}: {report:?}");
+        println!("{features}: {report:?}");
+        let (_, ours) = replay(&copy, OnDamage::Keep);
+        std::fs::write(&copy, ours).unwrap();
+        e2fsck_journal_only(&copy);
+        e2fsck_check(&copy).unwrap();
+    }
+}
+
+#[test]
+fn a_commit_block_torn_behind_its_header_counts_as_it_does_for_the_kernel() {
+    let dir = scratch();
+    if !have_e2fsprogs() || !have_kernel_mounts(dir.path()) {
+        return;
+    }
+    let (image, _) = journalled_image(dir.path());
+    let mut bytes = std::fs::read(&image).unwrap();
+    let place = journal_map(&image).map(12).unwrap() as usize * 1024 + 300;
+    bytes[place] ^= 0x41;
+    std::fs::write(&image, &bytes).unwrap();
+    let (report, ours) = replay(&image, OnDamage::Keep);
+    match KernelMount::new(&image, "") {
+        Ok(mount) => drop(mount),
+        Err(error) => {
+            eprintln!("SKIPPED: this kernel is older than the rule: {error}");
+            return;
+        }
+    }
+    assert_eq!(report.unwrap().transactions, 2);
+    let theirs = std::fs::read(&image).unwrap();
+    let blocks = FREE as usize * 1024..(FREE as usize + 20) * 1024;
+    assert!(ours[blocks.clone()] == theirs[blocks]);
+}

@@ -275,7 +275,7 @@ fn a_log_that_wraps_and_checkpoints_recovers_to_a_prefix() {
 }
 
 #[test]
-fn e2fsck_replays_our_log_as_we_do_and_finds_it_clean() {
+fn e2fsck_replays_our_log_as_we_do() {
     if !have_e2fsprogs() {
         return;
     }
@@ -284,13 +284,7 @@ fn e2fsck_replays_our_log_as_we_do_and_finds_it_clean() {
         let toy = toy(dir.path(), features);
         let (_, error) = work(&toy, 3, 100);
         assert_eq!(error, None);
-        let mut cut = toy.device.below.snapshot();
-        // Without needs_recovery in the superblock nobody looks at the log.
-        cut[1024 + 0x60] |= 4;
-        let checksum = uext_ondisk::checksum::crc32c(!0, &cut[1024..1024 + 0x3FC]);
-        if geometry(&cut).csum {
-            cut[1024 + 0x3FC..2048].copy_from_slice(&checksum.to_le_bytes());
-        }
+        let cut = with_needs_recovery(toy.device.below.snapshot());
         let image = dir.path().join("cut");
         std::fs::write(&image, &cut).unwrap();
         e2fsck_journal_only(&image);
@@ -398,4 +392,40 @@ fn asking_for_too_much_is_an_error_and_so_is_using_too_much() {
     assert!(matches!(handle.write(&second), Err(JournalError::NoCredits { .. })));
     assert!(handle.extend(1).unwrap());
     drop(handle.write(&second).unwrap());
+}
+
+#[test]
+fn the_kernel_mounts_and_replays_our_log() {
+    let dir = scratch();
+    if !have_e2fsprogs() || !have_kernel_mounts(dir.path()) {
+        return;
+    }
+    for features in ["64bit,metadata_csum", "^64bit,^metadata_csum"] {
+        let toy = toy(dir.path(), features);
+        let (_, error) = work(&toy, 4, 300);
+        assert_eq!(error, None);
+        let cut = with_needs_recovery(toy.device.below.snapshot());
+        let image = dir.path().join("cut");
+        std::fs::write(&image, &cut).unwrap();
+        drop(KernelMount::new(&image, "").unwrap());
+        let theirs = std::fs::read(&image).unwrap();
+        let ours = recover(cut, &toy.map);
+        let blocks = FREE as usize * SIZE..(FREE + BLOCKS) as usize * SIZE;
+        assert!(ours[blocks.clone()] == theirs[blocks], "{features}");
+        let map = journal_map(&image);
+        let device = MemoryDevice::from_vec(theirs);
+        assert!(
+            !Recovery::open(location(&*device, &map, 1024), &*device).unwrap().needs_recovery()
+        );
+    }
+}
+
+/// Without needs_recovery in the superblock nobody looks at the log.
+fn with_needs_recovery(mut image: Vec<u8>) -> Vec<u8> {
+    image[1024 + 0x60] |= 4;
+    let checksum = uext_ondisk::checksum::crc32c(!0, &image[1024..1024 + 0x3FC]);
+    if geometry(&image).csum {
+        image[1024 + 0x3FC..2048].copy_from_slice(&checksum.to_le_bytes());
+    }
+    image
 }

@@ -164,3 +164,49 @@ pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
     bytes.truncate(len);
     bytes
 }
+
+/// The kernel's ext4 on an image, by a loop device; unmounted when dropped.
+pub struct KernelMount {
+    point: tempfile::TempDir,
+}
+
+impl KernelMount {
+    /// `Err` with the kernel's refusal.
+    pub fn new(image: &Path, options: &str) -> Result<Self, String> {
+        let point = scratch();
+        let options = format!("loop{options}");
+        let output = Command::new("mount")
+            .args(["-t", "ext4", "-o", &options])
+            .args([image, point.path()])
+            .output()
+            .map_err(|error| error.to_string())?;
+        if !output.status.success() {
+            return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+        }
+        Ok(Self { point })
+    }
+
+    pub fn path(&self) -> &Path {
+        self.point.path()
+    }
+}
+
+impl Drop for KernelMount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.point.path()).status();
+    }
+}
+
+/// Whether this machine lets us mount ext4 on a loop device; says loudly when not.
+pub fn have_kernel_mounts(dir: &Path) -> bool {
+    let probe = dir.join("probe");
+    std::fs::create_dir_all(&probe).unwrap();
+    let image = mkfs(&probe, &[], "4M");
+    match KernelMount::new(&image, "") {
+        Ok(_) => true,
+        Err(error) => {
+            eprintln!("SKIPPED: the kernel mounts nothing here: {error}");
+            false
+        }
+    }
+}
