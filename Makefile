@@ -29,6 +29,7 @@ demo: deps all ## Make an image, mount it, copy a tree in, unmount, check it
 	@tests/scripts/demo.sh $(UEXT) $(DEMO_DIR)
 
 install: all ## Install the program, its names and man pages under PREFIX
+	install -d $(DESTDIR)$(PREFIX)/sbin $(DESTDIR)/sbin
 	install -Dm755 $(UEXT) $(DESTDIR)$(PREFIX)/bin/uext
 	for name in mkfs.uext fsck.uext; do ln -sf ../bin/uext $(DESTDIR)$(PREFIX)/sbin/$$name || exit 1; done
 	for name in mount.fuse.uext umount.fuse.uext; do ln -sf $(PREFIX)/bin/uext $(DESTDIR)/sbin/$$name || exit 1; done

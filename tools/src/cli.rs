@@ -25,7 +25,7 @@ const EXIT_FAILURE: i32 = 32;
 
 /// ext2, ext3 and ext4 in userspace: make, check and mount them.
 #[derive(Debug, Parser)]
-#[command(name = "uext", version, about, max_term_width = 100, subcommand_required = true)]
+#[command(name = "uext", version, max_term_width = 100, subcommand_required = true)]
 #[command(arg_required_else_help = true, disable_help_subcommand = true)]
 struct Cli {
     #[command(subcommand)]
@@ -292,7 +292,7 @@ fn open_ext4(
     name: &str,
     options: &MountOptions,
 ) -> Result<Arc<dyn FileSystem>, String> {
-    let fs = Ext4::mount(dev, name, options).map_err(|error| format!("{name}: {error}"))?;
+    let fs = Ext4::mount(dev, name, options).map_err(|error| error.to_string())?;
     Ok(fs)
 }
 
