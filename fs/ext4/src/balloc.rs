@@ -38,17 +38,6 @@ pub(crate) struct Claim {
     pub len: u32,
 }
 
-impl Claim {
-    /// Splits off the blocks from `len` on.
-    pub fn split_off(&mut self, len: u32) -> Claim {
-        assert!(len <= self.len, "split outside the claim");
-        let tail =
-            Claim { fs: self.fs.clone(), start: self.start + u64::from(len), len: self.len - len };
-        self.len = len;
-        tail
-    }
-}
-
 impl Drop for Claim {
     fn drop(&mut self) {
         if self.len > 0 {

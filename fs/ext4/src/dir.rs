@@ -44,8 +44,6 @@ pub(crate) struct Slot {
     pub offset: usize,
     /// Where it leads.
     pub ino: InodeNumber,
-    /// The raw type byte; 0 without the filetype feature.
-    pub file_type: u8,
 }
 
 /// What a name leads to, when it is added or redirected.
@@ -304,7 +302,6 @@ impl Ext4 {
             buffer: buffer.clone(),
             offset: entry.offset,
             ino: entry.inode,
-            file_type: entry.file_type,
         }))
     }
 
@@ -333,7 +330,6 @@ impl Ext4 {
                     buffer: buffer.clone(),
                     offset: entry.offset,
                     ino: entry.inode,
-                    file_type: entry.file_type,
                 });
             }
         }

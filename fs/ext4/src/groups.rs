@@ -27,7 +27,6 @@ pub(crate) struct Desc {
     pub free_blocks: u32,
     pub free_inodes: u32,
     pub used_dirs: u32,
-    pub itable_unused: u32,
     pub flags: GroupFlags,
 }
 
@@ -40,7 +39,6 @@ impl<B: AsRef<[u8]>> From<&GroupDesc<B>> for Desc {
             free_blocks: desc.free_blocks_count(),
             free_inodes: desc.free_inodes_count(),
             used_dirs: desc.used_dirs_count(),
-            itable_unused: desc.itable_unused(),
             flags: desc.flags(),
         }
     }

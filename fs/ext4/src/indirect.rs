@@ -8,8 +8,6 @@
 //!
 //! Locks: `Inode::map`, shared to look, exclusive to change.
 
-use std::collections::BTreeSet;
-
 use uext_ondisk::indirect::{
     BlockPath, DIRECT_BLOCKS, Pointers, block_path, indirect_spans, pointers_per_block,
 };
@@ -324,32 +322,4 @@ pub(crate) fn nodes_needed(from: u32, end: u32, block_size: u32) -> u64 {
         }
     }
     total
-}
-
-/// Every block a map names, pointer blocks included, for tests and checks.
-#[cfg(test)]
-pub(crate) fn all_blocks(io: &impl MapIo) -> Result<(BTreeSet<u64>, BTreeSet<u64>)> {
-    fn walk(
-        io: &impl MapIo,
-        block: FsBlock,
-        below: usize,
-        found: &mut (BTreeSet<u64>, BTreeSet<u64>),
-    ) -> Result<()> {
-        if below == 0 {
-            assert!(found.0.insert(block.0), "a block is mapped twice");
-            return Ok(());
-        }
-        assert!(found.1.insert(block.0), "a node is used twice");
-        let bytes = io.read_node(block)?;
-        for (_, child) in pointers(io, &bytes[..])?.iter() {
-            walk(io, child, below - 1, found)?;
-        }
-        Ok(())
-    }
-    let mut found = (BTreeSet::new(), BTreeSet::new());
-    let root = io.root();
-    for (at, block) in pointers(io, &root[..])?.iter() {
-        walk(io, block, at.saturating_sub(DIRECT_BLOCKS as usize - 1), &mut found)?;
-    }
-    Ok(found)
 }

@@ -65,21 +65,21 @@ impl Ext4 {
         let bytes = self.inline_bytes(dir)?;
         let parts = self.inline_parts(dir, &bytes)?;
         let found = match name {
-            b"." => Some((dir.ino, 2)),
-            b".." => Some((parts.parent, 2)),
+            b"." => Some(dir.ino),
+            b".." => Some(parts.parent),
             _ => {
                 let mut found = None;
                 for (_, part) in parts.entries {
                     let entry = DirBlock::new(part, parts.format)
                         .find(name)
                         .map_err(|c| c.in_inode(dir.ino))?;
-                    found = found.or(entry.map(|entry| (entry.inode, entry.file_type)));
+                    found = found.or(entry.map(|entry| entry.inode));
                 }
                 found
             }
         };
-        let Some((ino, file_type)) = found else { return Ok(None) };
+        let Some(ino) = found else { return Ok(None) };
         let (buffer, offset) = self.inode_buffer(dir.ino)?;
-        Ok(Some(Slot { logical: LogicalBlock(0), buffer, offset, ino, file_type }))
+        Ok(Some(Slot { logical: LogicalBlock(0), buffer, offset, ino }))
     }
 }

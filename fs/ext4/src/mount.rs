@@ -19,7 +19,6 @@ use uext_ondisk::superblock::{SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, State, Superbl
 use uext_pagecache::{BufferCache, CacheConfig, PageCache};
 use uext_vfs::Timestamp;
 
-use crate::credits;
 use crate::error::{Error, Result};
 use crate::fs::Ext4;
 use crate::gate::{self, MountError};
@@ -300,11 +299,4 @@ fn after_replay(
     let flags = uext_blockdev::BioFlags::FUA | uext_blockdev::BioFlags::META;
     dev.write_at(SUPERBLOCK_OFFSET, sb.sealed_bytes(), flags).map_err(Error::from)?;
     Ok(())
-}
-
-impl Ext4 {
-    /// Credits a handle may ask for, so that large operations can size their steps.
-    pub(crate) fn max_credits(&self) -> u32 {
-        self.journal.max_credits().max(credits::CREATE)
-    }
 }

@@ -360,7 +360,12 @@ impl Ext4 {
 
     /// Makes a regular file without a name, counting a lookup; it is deleted at its last forget
     /// unless it was linked.
-    pub(crate) fn tmpfile(&self, ctx: &Context, dir: &Arc<Inode>, mode: u32) -> Result<Arc<Inode>> {
+    pub(crate) fn make_tmpfile(
+        &self,
+        ctx: &Context,
+        dir: &Arc<Inode>,
+        mode: u32,
+    ) -> Result<Arc<Inode>> {
         let mode = mode_of(FileKind::Regular) | permissions(mode);
         self.with_space(|| {
             let _shared = dir.rwsem.read();

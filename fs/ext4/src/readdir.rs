@@ -56,11 +56,14 @@ struct Listed {
     file_type: u8,
 }
 
+/// Number, directory, place, last name listed.
+type Tie = (u32, InodeNumber, u64, Vec<u8>);
+
 /// Positions among names that share a place.
 #[derive(Default)]
 pub(crate) struct Ties {
     /// (number, directory, place, last name listed), oldest first.
-    known: Mutex<(u32, VecDeque<(u32, InodeNumber, u64, Vec<u8>)>)>,
+    known: Mutex<(u32, VecDeque<Tie>)>,
 }
 
 impl Ties {
@@ -68,9 +71,7 @@ impl Ties {
     fn remember(&self, dir: InodeNumber, place: u64, name: &[u8]) -> u64 {
         let mut known = self.known.lock();
         let (next, list) = &mut *known;
-        let same = |entry: &&(u32, InodeNumber, u64, Vec<u8>)| {
-            entry.1 == dir && entry.2 == place && entry.3 == name
-        };
+        let same = |entry: &&Tie| entry.1 == dir && entry.2 == place && entry.3 == name;
         if let Some(entry) = list.iter().find(same) {
             return TIES + u64::from(entry.0);
         }

@@ -200,6 +200,18 @@ impl FileSystem for Ext4 {
         self.edge(parent, made).map(|inode| self.entry(&inode))
     }
 
+    fn tmpfile(
+        &self,
+        ctx: &Context,
+        parent: Ino,
+        mode: u32,
+        _flags: i32,
+    ) -> uext_vfs::Result<(Entry, OpenReply)> {
+        let made = self.inode(parent).and_then(|dir| self.make_tmpfile(ctx, &dir, mode));
+        let entry = self.edge(parent, made).map(|inode| self.entry(&inode))?;
+        Ok((entry, OpenReply { keep_cache: true, ..OpenReply::default() }))
+    }
+
     fn symlink(
         &self,
         ctx: &Context,
