@@ -174,6 +174,6 @@ mod tests {
         let runs = space.take_runs(6, 16).unwrap();
         assert_eq!(runs, [Run { start: 16, len: 4 }, Run { start: 0, len: 2 }]);
         assert_eq!(space.take_together(3, [16..20, 0..20]), Some(2));
-        assert_eq!(space.take_together(3, [0..20]), None);
+        assert_eq!(space.take_together(3, std::iter::once(0..20)), None);
     }
 }
