@@ -13,7 +13,7 @@
 //! anything that waits.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, RwLock};
@@ -93,6 +93,8 @@ pub(crate) struct Inode {
     pub data: FileData,
     /// Lookups that a front end owes a forget for [inode cache shard].
     pub lookups: AtomicU64,
+    /// The number was given back: whoever comes late to delete it finds it done [rwsem].
+    pub deleted: AtomicBool,
     /// The last transaction that changed the inode, and that changed what fdatasync needs.
     /// WHY-RELAXED: read by fsync after its own locks order it behind the change.
     pub sync_tid: AtomicU32,
@@ -302,6 +304,7 @@ impl Ext4 {
                 delayed: AtomicU64::new(0),
                 data: FileData::default(),
                 lookups: AtomicU64::new(0),
+                deleted: AtomicBool::new(false),
                 sync_tid: AtomicU32::new(self.journal.committed_tid()),
                 datasync_tid: AtomicU32::new(self.journal.committed_tid()),
             }
@@ -400,6 +403,12 @@ impl Ext4 {
             return Ok(());
         }
         let _exclusive = inode.rwsem.write();
+        // The last unlink and the last forget may both come here, and a file that was made
+        // without a name may have been linked meanwhile.
+        let in_use = inode.core.lock().nlink > 0 || inode.lookups.load(Ordering::Relaxed) > 0;
+        if in_use || inode.deleted.swap(true, Ordering::Relaxed) {
+            return Ok(());
+        }
         self.drop_all_blocks(inode)?;
         let handle = self.start(credits::XATTR + credits::NEW_INODE + credits::ORPHAN + 2)?;
         self.delete_xattr_block(&handle, inode)?;

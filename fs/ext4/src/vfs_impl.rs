@@ -26,9 +26,8 @@ impl Ext4 {
         self.iget(InodeNumber(ino))
     }
 
-    /// Counts the lookup of an answer.
+    /// The answer for an inode whose lookup was counted, under the lock of its directory.
     fn entry(&self, inode: &Arc<Inode>) -> Entry {
-        self.inodes.count_lookup(inode);
         Entry { attr: inode.attr(self.block_size()), generation: inode.generation }
     }
 
@@ -159,6 +158,7 @@ impl FileSystem for Ext4 {
             Ok(inode)
                 if inode.core.lock().nlink > 0 || inode.lookups.load(Ordering::Relaxed) > 0 =>
             {
+                self.inodes.count_lookup(&inode);
                 Ok(self.entry(&inode))
             }
             _ => Err(Errno::ESTALE),
