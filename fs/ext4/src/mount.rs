@@ -25,7 +25,7 @@ use crate::gate::{self, MountError};
 use crate::groups::Groups;
 use crate::inode::InodeCache;
 use crate::journal_inode::journal_map;
-use crate::options::MountOptions;
+use crate::options::{DataMode, MountOptions};
 use crate::orphan::OrphanList;
 use crate::readdir::Ties;
 use crate::system_zone::SystemZone;
@@ -44,6 +44,10 @@ impl Ext4 {
     ) -> std::result::Result<Arc<Self>, MountError> {
         if options.norecovery && !options.read_only {
             return Err(MountError::Options("norecovery needs a read-only mount: add `-o ro`"));
+        }
+        if options.data_mode == DataMode::Journal {
+            // Ordered would promise less than was asked for; for writeback it promises more.
+            return Err(MountError::Options("data=journal is not supported yet: use data=ordered"));
         }
         let mut options = options.clone();
         options.read_only |= dev.limits().read_only && !options.rw_explicit;
