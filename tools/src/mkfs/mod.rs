@@ -17,8 +17,6 @@ pub mod options;
 pub mod params;
 mod progress;
 pub mod space;
-#[cfg(test)]
-mod tests;
 pub mod writer;
 
 use std::ffi::OsString;

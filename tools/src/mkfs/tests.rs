@@ -1,1 +1,0 @@
-//! Filesystems made in memory.
