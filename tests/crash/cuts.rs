@@ -11,7 +11,7 @@ use crate::judges::{self, Kernel};
 /// Subsets of the volatile units tested at one flush boundary.
 const SETS: usize = 8;
 /// Prefixes tested when `UEXT_CRASH_STATES` does not say.
-const PREFIXES: usize = 150;
+const PREFIXES: usize = 300;
 /// One state of so many that are no flush boundary goes to e2fsck.
 const KERNEL_SHARE: usize = 12;
 

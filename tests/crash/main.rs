@@ -93,4 +93,5 @@ crash_tests! {
     delete_and_reuse: Ext3;
     delete_and_reuse_small: Small;
     long_extents: Ext4;
+    log_that_wraps: Small;
 }

@@ -250,6 +250,29 @@ pub fn delete_and_reuse_small(fs: &mut Recorder) {
     delete_and_reuse(fs);
 }
 
+/// More metadata than the log holds: checkpoints move its tail while work goes on.
+pub fn log_that_wraps(fs: &mut Recorder) {
+    for round in 0..36 {
+        let dir = format!("w{round}");
+        fs.mkdir(&dir);
+        for i in 0..30 {
+            fs.mkdir(&format!("{dir}/{i}"));
+        }
+        fs.create(&format!("{dir}/file"));
+        fs.append(&format!("{dir}/file"), 3000);
+        fs.fsync(&format!("{dir}/file"));
+        if round > 2 {
+            let old = format!("w{}", round - 3);
+            for i in 0..30 {
+                fs.rmdir(&format!("{old}/{i}"));
+            }
+            fs.rename(&format!("{old}/file"), &format!("kept-{round}"));
+            fs.rmdir(&old);
+        }
+    }
+    fs.sync();
+}
+
 /// A file of many extents, one large one, and holes that are filled.
 pub fn long_extents(fs: &mut Recorder) {
     fs.create("large");
