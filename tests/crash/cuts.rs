@@ -3,13 +3,17 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use uext_blockdev::dm::{CrashOptions, SnapshotDevice, UnitSet, WriteLog};
+use uext_blockdev::SECTOR_SIZE;
+use uext_blockdev::dm::{CrashOptions, CrashPoint, SnapshotDevice, UnitSet, WriteLog};
+use uext_ondisk::superblock::SUPERBLOCK_OFFSET;
 
 use crate::history::History;
 use crate::judges::{self, Kernel};
 
 /// Subsets of the volatile units tested at one flush boundary.
 const SETS: usize = 8;
+/// Sets of sectors tested at one flush boundary.
+const TORN_SETS: usize = 3;
 /// Prefixes tested when `UEXT_CRASH_STATES` does not say.
 const PREFIXES: usize = 300;
 /// One state of so many that are no flush boundary goes to e2fsck.
@@ -80,6 +84,7 @@ pub fn judge_all(name: &str, base: &Arc<Vec<u8>>, log: &WriteLog, history: &Hist
     };
     let start = SnapshotDevice::over_vec(base.clone());
     let boundaries = judge_boundaries(&mut court, &start, log);
+    judge_torn_blocks(&mut court, &start, log);
     let prefixes = judge_prefixes(&mut court, &start, log, every);
     let took = begin.elapsed().as_secs_f64();
     println!(
@@ -112,6 +117,39 @@ fn judge_boundaries(court: &mut Court<'_>, start: &SnapshotDevice, log: &WriteLo
         }
     }
     boundaries
+}
+
+/// A disk that writes sectors and not blocks: blocks half old, half new.
+///
+/// The superblock's two sectors stay together here: a mount does not yet come back from a
+/// superblock whose checksum is wrong (e2fsck wants `-b` for it too).
+fn judge_torn_blocks(court: &mut Court<'_>, start: &SnapshotDevice, log: &WriteLog) {
+    let sectors = CrashOptions { unit_bytes: 512, ..CrashOptions::default() };
+    for point in log.crash_points(start, sectors) {
+        let count = point.units().len();
+        let sets = UnitSet::choose(count, 0, TORN_SETS, point.index as u64);
+        // Those by chance come last.
+        let sets: Vec<UnitSet> = sets.collect();
+        for (index, set) in sets.iter().rev().take(TORN_SETS).enumerate() {
+            let cut = format!("sectors:{}:{index}", point.index);
+            let kernel = (point.index + index).is_multiple_of(KERNEL_SHARE);
+            let set = with_whole_superblock(&point, set);
+            court.judge(cut, point.time, &point.state(&set), kernel);
+        }
+    }
+}
+
+/// The same set, but each write of the superblock's second half goes with its first.
+fn with_whole_superblock(point: &CrashPoint, set: &UnitSet) -> UnitSet {
+    let first_half = SUPERBLOCK_OFFSET / SECTOR_SIZE;
+    let mut has_first = false;
+    let chosen = point.units().iter().enumerate().map(|(index, unit)| {
+        if unit.sector.0 == first_half {
+            has_first = set.contains(index);
+        }
+        if unit.sector.0 == first_half + 1 { has_first } else { set.contains(index) }
+    });
+    UnitSet::from_bools(chosen.collect())
 }
 
 fn judge_prefixes(

@@ -4,7 +4,7 @@
 //! Judged are all moments at which something is about to become durable, with all,
 //! none and chosen subsets of what is volatile then, and the prefixes of the completed
 //! writes, evenly sampled where they are too many. Each state is replayed by our mount
-//! and checked by our fsck; the complete state of each flush boundary and a part of the
+//! and checked by our fsck; what is durable alone at each flush boundary and a part of the
 //! rest also by e2fsck, with its own replay.
 //!
 //! A failure prints the line that repeats it, such as
