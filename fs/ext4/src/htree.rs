@@ -128,7 +128,17 @@ impl Ext4 {
             drop(bytes);
             frames.push(Frame { logical, buffer, index });
         }
+        self.check_leaf(dir, next)?;
         Ok(Path { hasher, levels: info.indirect_levels, frames, leaf: next })
+    }
+
+    /// Whether a leaf can lie where the index says.
+    fn check_leaf(&self, dir: &Inode, logical: LogicalBlock) -> Result<()> {
+        if logical.0 != 0 && logical.0 < self.dir_blocks(dir)? {
+            return Ok(());
+        }
+        let detail = format!("leads to block {logical} for a leaf");
+        Err(self.in_dir(dir, LogicalBlock(0), Corrupt::value(WHAT, detail)))
     }
 
     fn inner_node(&self, dir: &Inode, logical: LogicalBlock) -> Result<Buffer> {
@@ -164,6 +174,7 @@ impl Ext4 {
             next = first.ok_or_else(empty)?.block;
             path.frames.push(frame);
         }
+        self.check_leaf(dir, next)?;
         path.leaf = next;
         Ok(Some(entry.hash))
     }

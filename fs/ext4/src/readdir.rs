@@ -187,7 +187,15 @@ impl Ext4 {
         };
         for (place, name) in [(0, &b"."[..]), (DOTDOT, b"..")] {
             if cursor.admits(place, name) {
-                let ino = self.find_dot(dir, name)?.ino;
+                let ino = match self.find_dot(dir, name) {
+                    Ok(slot) => slot.ino,
+                    // Names are worth more than the dots: they are listed without them.
+                    Err(error @ Error::Corrupt(_)) => {
+                        self.report(Some(dir.ino), &error);
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                };
                 let file_type = 2;
                 let dot = Listed { place, name: name.to_vec(), ino, file_type };
                 if !add(sink, &dot, place + 1) {
@@ -414,4 +422,45 @@ fn add_raw(sink: &mut dyn DirSink, entry: &RawEntry<'_>, next_offset: u64) -> bo
         name: entry.name,
         next_offset,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use uext_ondisk::dirhash::HashVersion;
+
+    use super::*;
+
+    #[test]
+    fn places_lie_between_the_dots_and_the_ties_and_name_the_hash() {
+        for function in [HashFunction::Legacy, HashFunction::HalfMd4, HashFunction::Tea] {
+            let version = HashVersion { function, unsigned: false };
+            let hasher = DirHasher { version, seed: [1, 2, 3, 4] };
+            for number in 0..10_000 {
+                let name = format!("name {number}").into_bytes();
+                let place = place_of(&hasher, &name);
+                assert!((FIRST_NAME..TIES).contains(&place));
+                assert_eq!(hash_from(place), hasher.hash(&name).hash);
+            }
+        }
+    }
+
+    #[test]
+    fn a_tie_is_remembered_per_directory_until_many_newer_ones_came() {
+        let (ties, dir) = (Ties::default(), InodeNumber(12));
+        let offset = ties.remember(dir, 7, b"name");
+        assert_eq!(ties.remember(dir, 7, b"name"), offset);
+        assert_eq!(ties.recall(dir, offset), Some((7, b"name".to_vec())));
+        assert_eq!(ties.recall(InodeNumber(13), offset), None);
+        for number in 0..MAX_TIES {
+            ties.remember(dir, 8, number.to_string().as_bytes());
+        }
+        assert_eq!(ties.recall(dir, offset), None);
+    }
+
+    #[test]
+    fn a_cursor_past_a_name_admits_what_follows_it_at_its_place() {
+        let cursor = Cursor { place: 7, past: Some(b"m".to_vec()) };
+        assert!(!cursor.admits(6, b"z") && !cursor.admits(7, b"m") && !cursor.admits(7, b"a"));
+        assert!(cursor.admits(7, b"n") && cursor.admits(8, b"a"));
+    }
 }

@@ -2,7 +2,7 @@
 #![allow(dead_code)] // Each test uses its part of it.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
@@ -38,6 +38,17 @@ impl Image {
         assert_eq!(code, 0, "mke2fs {args:?}: {text}");
         let dev = MemoryDevice::from_vec(std::fs::read(&path).expect("the image"));
         Self { dir, dev }
+    }
+
+    /// A copy of an image.
+    pub fn from_bytes(bytes: Vec<u8>) -> Self {
+        let dir = tempfile::tempdir_in("/var/tmp").expect("a directory");
+        Self { dir, dev: MemoryDevice::from_vec(bytes) }
+    }
+
+    /// A copy of an image that another program wrote.
+    pub fn from_file(path: &Path) -> Self {
+        Self::from_bytes(std::fs::read(path).expect("the image"))
     }
 
     /// An image whose directories are hashed by `function`, with bytes taken as `unsigned`.
