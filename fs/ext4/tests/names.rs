@@ -14,7 +14,7 @@ use uext_vfs::{Errno, FileKind, FileSystem, Ino, RenameFlags};
 const PLAIN: RenameFlags = RenameFlags::empty();
 
 fn file_name(number: u32) -> Vec<u8> {
-    format!("file-{}{number:07}", if number % 3 == 0 { "é" } else { "" }).into_bytes()
+    format!("file-{}{number:07}", if number.is_multiple_of(3) { "é" } else { "" }).into_bytes()
 }
 
 fn many(fs: &Ext4, dir: Ino, count: u32) {
