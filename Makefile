@@ -23,7 +23,7 @@ check: ## Formatting and lints, warnings denied
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 
 test: deps check ## All tests that take minutes
-	$(CARGO) test --workspace --locked
+	$(CARGO) test --workspace --locked --no-fail-fast
 
 demo: deps all ## Make an image, mount it, copy a tree in, unmount, check it
 	@tests/scripts/demo.sh $(UEXT) $(DEMO_DIR)
