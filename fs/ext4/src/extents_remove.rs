@@ -143,3 +143,193 @@ fn finish_leaf(io: &impl MapIo, mut path: Path) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    //! Trees against a map of single blocks, with nodes of 1 KiB so that they get deep.
+
+    use super::*;
+    use crate::extents::{empty_root, insert, lookup, mark_written};
+    use crate::map_io::tests::{FIRST_NODE, MemIo};
+    use proptest::prelude::*;
+    use std::collections::{BTreeMap, BTreeSet};
+    use uext_ondisk::extent::NodeLimits;
+    use uext_vfs::Errno;
+
+    fn tree() -> MemIo {
+        MemIo::new(1024, empty_root())
+    }
+
+    fn extent(logical: u32, start: u64, len: u32, unwritten: bool) -> Extent {
+        Extent { logical: LogicalBlock(logical), len, start: FsBlock(start), unwritten }
+    }
+
+    /// Every block of the file, checking that the tree is whole and names each node once.
+    fn walk(io: &MemIo) -> BTreeMap<u32, (u64, bool)> {
+        fn visit(
+            io: &MemIo,
+            bytes: &[u8],
+            limits: &NodeLimits,
+            nodes: &mut BTreeSet<u64>,
+            blocks: &mut BTreeMap<u32, (u64, bool)>,
+        ) {
+            let node = ExtentNode::checked(bytes, limits).expect("a whole node");
+            for e in node.extents() {
+                for at in 0..e.len {
+                    let place = (e.start.0 + u64::from(at), e.unwritten);
+                    assert_eq!(blocks.insert(e.logical.0 + at, place), None);
+                }
+            }
+            for (at, entry) in node.indexes().enumerate() {
+                assert!(nodes.insert(entry.child.0), "a node is named twice");
+                let child = io.read_node(entry.child).expect("a node that exists");
+                visit(io, &child, &limits.child(&node, at), nodes, blocks);
+            }
+        }
+        let (mut nodes, mut blocks) = (BTreeSet::new(), BTreeMap::new());
+        visit(io, &io.root(), &io.limits(), &mut nodes, &mut blocks);
+        let kept: BTreeSet<u64> = io.nodes.borrow().keys().copied().collect();
+        assert_eq!(nodes, kept, "nodes that nothing names");
+        blocks
+    }
+
+    fn remove_all(io: &MemIo, from: u32, end: u32, groups: usize) -> Result<()> {
+        let mut rest = Some(end);
+        while let Some(end) = rest {
+            let next = remove_step(io, from, end, &mut Budget::new(groups))?;
+            assert!(next.is_none_or(|n| n < end), "a step that goes nowhere");
+            rest = next;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn every_second_block_makes_a_deep_tree_and_removal_leaves_nothing() {
+        let io = tree();
+        let count = 84 * 84 * 4;
+        for at in 0..count {
+            insert(&io, extent(at * 2, 8 + u64::from(at) * 2, 1, false)).unwrap();
+        }
+        assert!(io.root()[6] >= 2, "depth {}", io.root()[6]);
+        assert_eq!(walk(&io).len(), count as usize);
+        remove_all(&io, 0, u32::MAX, 8).unwrap();
+        assert!(io.nodes.borrow().is_empty());
+        assert_eq!(io.freed.borrow().len(), count as usize);
+        assert_eq!(io.root(), empty_root());
+    }
+
+    #[test]
+    fn appending_leaves_full_nodes_behind() {
+        let io = tree();
+        for at in 0..840 {
+            insert(&io, extent(at * 2, 8 + u64::from(at) * 2, 1, false)).unwrap();
+        }
+        assert!(io.nodes.borrow().len() <= 13, "{} nodes", io.nodes.borrow().len());
+    }
+
+    #[test]
+    fn runs_that_continue_each_other_stay_one_extent() {
+        let io = tree();
+        for at in [0u32, 2, 1, 3] {
+            insert(&io, extent(at * 10, 100 + u64::from(at) * 10, 10, false)).unwrap();
+        }
+        let found = lookup(&io, 5).unwrap();
+        assert_eq!((found.start, found.len), (Some(FsBlock(105)), 35));
+    }
+
+    #[test]
+    fn an_insert_without_room_changes_nothing() {
+        let io = tree();
+        for at in 0..4 {
+            insert(&io, extent(at * 2, 8 + u64::from(at) * 2, 1, false)).unwrap();
+        }
+        let before = walk(&io);
+        io.room.set(0);
+        assert!(insert(&io, extent(100, 900, 1, false)).unwrap_err().is(Errno::ENOSPC));
+        assert_eq!(walk(&io), before);
+    }
+
+    #[test]
+    fn a_large_extent_goes_in_steps_of_few_groups() {
+        let io = tree();
+        insert(&io, extent(0, 8192, 32768, false)).unwrap();
+        let rest = remove_step(&io, 0, u32::MAX, &mut Budget::new(1)).unwrap();
+        assert_eq!(rest, Some(3 * 8192));
+        remove_all(&io, 0, 3 * 8192, 1).unwrap();
+        assert_eq!(io.freed.borrow().len(), 32768);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        Insert { at: u32, len: u32, unwritten: bool },
+        Remove { from: u32, len: u32, groups: usize },
+        Write { from: u32, len: u32 },
+    }
+
+    fn ops() -> impl Strategy<Value = Vec<Op>> {
+        let op = prop_oneof![
+            6 => (0u32..3000, 1u32..6, any::<bool>())
+                .prop_map(|(at, len, unwritten)| Op::Insert { at, len, unwritten }),
+            1 => (0u32..3000, 1u32..400, 1usize..4)
+                .prop_map(|(from, len, groups)| Op::Remove { from, len, groups }),
+            1 => (0u32..3000, 1u32..60).prop_map(|(from, len)| Op::Write { from, len }),
+        ];
+        prop::collection::vec(op, 1..900)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn a_tree_maps_what_a_map_of_blocks_maps(ops in ops()) {
+            let io = tree();
+            let mut model: BTreeMap<u32, (u64, bool)> = BTreeMap::new();
+            let mut next = 8u64;
+            for op in ops {
+                match op {
+                    Op::Insert { at, len, unwritten } => {
+                        if (at..at + len).any(|b| model.contains_key(&b)) {
+                            continue;
+                        }
+                        // Now and then the run continues the one before on the device too.
+                        let before = at.checked_sub(1).and_then(|b| model.get(&b));
+                        let start = before.map_or(next, |(block, _)| block + 1);
+                        let taken = |s: u64| model.values().any(|(b, _)| (s..s + u64::from(len)).contains(b));
+                        let start = if taken(start) { next } else { start };
+                        next = next.max(start + u64::from(len)) + u64::from(at % 3) * 4000;
+                        insert(&io, extent(at, start, len, unwritten)).unwrap();
+                        for index in 0..len {
+                            model.insert(at + index, (start + u64::from(index), unwritten));
+                        }
+                    }
+                    Op::Remove { from, len, groups } => {
+                        remove_all(&io, from, from + len, groups).unwrap();
+                        let gone: Vec<u32> = model.range(from..from + len).map(|(b, _)| *b).collect();
+                        for block in gone {
+                            let (place, _) = model.remove(&block).unwrap();
+                            prop_assert!(io.freed.borrow_mut().remove(&place));
+                        }
+                        prop_assert!(io.freed.borrow().is_empty(), "freed what is still mapped");
+                    }
+                    Op::Write { from, len } => {
+                        let end = (from..from + len).find(|b| !model.contains_key(b)).unwrap_or(from + len);
+                        if end > from {
+                            mark_written(&io, from, end).unwrap();
+                            model.range_mut(from..end).for_each(|(_, place)| place.1 = false);
+                        }
+                    }
+                }
+            }
+            prop_assert_eq!(&walk(&io), &model);
+            for block in (0..3100).step_by(7) {
+                let found = lookup(&io, block).unwrap();
+                prop_assert_eq!(found.start.map(|s| s.0), model.get(&block).map(|p| p.0));
+                if found.start.is_none() {
+                    prop_assert_eq!(model.range(block..block.saturating_add(found.len)).next(), None);
+                }
+            }
+            remove_all(&io, 0, u32::MAX, 2).unwrap();
+            prop_assert!(io.nodes.borrow().is_empty());
+            prop_assert!(io.next_node.get() >= FIRST_NODE);
+        }
+    }
+}

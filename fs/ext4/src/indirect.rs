@@ -8,6 +8,8 @@
 //!
 //! Locks: `Inode::map`, shared to look, exclusive to change.
 
+use std::collections::BTreeSet;
+
 use uext_ondisk::indirect::{
     BlockPath, DIRECT_BLOCKS, Pointers, block_path, indirect_spans, pointers_per_block,
 };
@@ -322,4 +324,135 @@ pub(crate) fn nodes_needed(from: u32, end: u32, block_size: u32) -> u64 {
         }
     }
     total
+}
+
+/// Every block a map names, pointer blocks included, for tests and checks.
+#[cfg(test)]
+pub(crate) fn all_blocks(io: &impl MapIo) -> Result<(BTreeSet<u64>, BTreeSet<u64>)> {
+    fn walk(
+        io: &impl MapIo,
+        block: FsBlock,
+        below: usize,
+        found: &mut (BTreeSet<u64>, BTreeSet<u64>),
+    ) -> Result<()> {
+        if below == 0 {
+            assert!(found.0.insert(block.0), "a block is mapped twice");
+            return Ok(());
+        }
+        assert!(found.1.insert(block.0), "a node is used twice");
+        let bytes = io.read_node(block)?;
+        for (_, child) in pointers(io, &bytes[..])?.iter() {
+            walk(io, child, below - 1, found)?;
+        }
+        Ok(())
+    }
+    let mut found = (BTreeSet::new(), BTreeSet::new());
+    let root = io.root();
+    for (at, block) in pointers(io, &root[..])?.iter() {
+        walk(io, block, at.saturating_sub(DIRECT_BLOCKS as usize - 1), &mut found)?;
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::map_io::tests::MemIo;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    fn remove_all(io: &MemIo, from: u32, end: u32) {
+        let mut rest = Some(end);
+        while let Some(end) = rest {
+            let next = remove_step(io, from, end, &mut Budget::new(4)).unwrap();
+            assert!(next.is_none_or(|n| n < end), "a step that goes nowhere");
+            rest = next;
+        }
+    }
+
+    fn check_nodes(io: &MemIo) -> usize {
+        let (data, nodes) = all_blocks(io).unwrap();
+        let kept: BTreeSet<u64> = io.nodes.borrow().keys().copied().collect();
+        assert_eq!(nodes, kept, "pointer blocks that nothing names");
+        data.len()
+    }
+
+    #[test]
+    fn a_run_across_all_levels_is_found_and_removed() {
+        let io = MemIo::new(1024, [0; ROOT_SIZE]);
+        // Direct, single, double and into triple indirect blocks.
+        let starts = [0u32, 10, 266, 12 + 256 + 65536 - 3];
+        for (index, &at) in starts.iter().enumerate() {
+            insert(&io, at, FsBlock(100 + 1000 * index as u64), 6).unwrap();
+        }
+        for (index, &at) in starts.iter().enumerate() {
+            for block in 0..6 {
+                let found = lookup(&io, at + block, 1).unwrap();
+                assert_eq!(found.start, Some(FsBlock(100 + 1000 * index as u64 + u64::from(block))));
+            }
+        }
+        assert_eq!(check_nodes(&io), 24);
+        remove_all(&io, 0, u32::MAX);
+        assert!(io.nodes.borrow().is_empty());
+        assert_eq!(io.freed.borrow().len(), 24);
+        assert_eq!(io.root(), [0; ROOT_SIZE]);
+    }
+
+    #[test]
+    fn a_run_past_the_map_is_refused() {
+        let io = MemIo::new(1024, [0; ROOT_SIZE]);
+        let reach = 12 + 256 + 65536 + 16_777_216;
+        assert!(insert(&io, reach - 1, FsBlock(100), 2).unwrap_err().is(Errno::EFBIG));
+        assert!(io.nodes.borrow().is_empty());
+    }
+
+    #[test]
+    fn an_insert_without_room_maps_nothing() {
+        let io = MemIo::new(1024, [0; ROOT_SIZE]);
+        io.room.set(1);
+        // The second part needs two pointer blocks.
+        assert!(insert(&io, 266, FsBlock(100), 4).unwrap_err().is(Errno::ENOSPC));
+        assert_eq!(lookup(&io, 266, 4).unwrap().start, None);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn a_map_maps_what_a_map_of_blocks_maps(
+            ops in prop::collection::vec((0u32..5, 0u32..700, 1u32..30, any::<bool>()), 1..120)
+        ) {
+            let io = MemIo::new(1024, [0; ROOT_SIZE]);
+            let mut model: BTreeMap<u32, u64> = BTreeMap::new();
+            let mut next = 100u64;
+            for (region, at, len, add) in ops {
+                let at = at + region * 33_000;
+                if add {
+                    if (at..at + len).any(|b| model.contains_key(&b)) {
+                        continue;
+                    }
+                    insert(&io, at, FsBlock(next), len).unwrap();
+                    (0..len).for_each(|i| drop(model.insert(at + i, next + u64::from(i))));
+                    next += u64::from(len) + 3;
+                } else {
+                    let end = at + len * 20;
+                    remove_all(&io, at, end);
+                    let gone: Vec<u32> = model.range(at..end).map(|(b, _)| *b).collect();
+                    for block in gone {
+                        prop_assert!(io.freed.borrow_mut().remove(&model.remove(&block).unwrap()));
+                    }
+                    prop_assert!(io.freed.borrow().is_empty());
+                }
+            }
+            prop_assert_eq!(check_nodes(&io), model.len());
+            for (&block, &place) in &model {
+                prop_assert_eq!(lookup(&io, block, 1).unwrap().start, Some(FsBlock(place)));
+            }
+            for block in (0..140_000).step_by(61) {
+                let found = lookup(&io, block, 5000).unwrap();
+                if found.start.is_none() {
+                    prop_assert_eq!(model.range(block..block + found.len).next(), None);
+                }
+            }
+        }
+    }
 }

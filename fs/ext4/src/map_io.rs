@@ -357,7 +357,8 @@ pub(crate) mod tests {
         let mut budget = Budget::new(2);
         assert_eq!(budget.take(&io, FsBlock(8000), 100), 100);
         assert_eq!(budget.take(&io, FsBlock(8100), 10), 10);
-        assert_eq!(budget.take(&io, FsBlock(16000), 20_000), 0);
+        assert_eq!(budget.take(&io, FsBlock(16000), 20_000), 20_000 - (4 * 8192 - 16000));
+        assert_eq!(budget.take(&io, FsBlock(16000), 100), 0);
         let mut budget = Budget::new(2);
         let groups = 3 * 8192;
         assert_eq!(budget.take(&io, FsBlock(0), groups as u32 + 5), 8192 + 5);

@@ -52,14 +52,16 @@ impl Ext4 {
     fn set_sizes(&self, inode: &Inode, size: u64) {
         let now = self.now();
         let mut core = inode.core.lock();
-        let grows = size > core.size;
-        core.size = size;
-        // A shrunken file may have unwritten data at its end; its size follows that.
-        core.disk_size = if grows { size } else { core.disk_size.min(size) };
+        (core.size, core.disk_size) = (size, size);
         (core.mtime, core.ctime) = (now, now);
     }
 
     fn shrink(&self, inode: &Arc<Inode>, size: u64) -> Result<()> {
+        if inode.core.lock().disk_size < size {
+            // The new end may lie in a hole, which no writeback would make the size follow to; so
+            // the size goes to the disk now, after the data before it.
+            inode.mapping.write_and_wait(0..size.div_ceil(PAGE))?;
+        }
         let _writeback = inode.writeback.lock();
         self.zero_tail(inode, size)?;
         let first = self.block_behind(size);

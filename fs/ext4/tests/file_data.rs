@@ -1,0 +1,263 @@
+//! File data against a model: random writes, truncations, reads, fsyncs and remounts on
+//! every kind of filesystem, each judged by e2fsck after its unmount.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::process::Command;
+use std::sync::Arc;
+
+use uext_blockdev::MemoryDevice;
+use uext_ext4::{Ext4, MountOptions};
+use uext_vfs::{Context, Errno, FileHandle, FileSystem, Ino, ReadReply, SetAttr, WriteFlags};
+
+const FH: FileHandle = FileHandle(0);
+/// An ordinary user, who does not get root's reserved blocks.
+const USER: Context = Context { uid: 1000, gid: 1000, pid: 1, umask: 0 };
+const ROOT: Context = Context { uid: 0, gid: 0, pid: 1, umask: 0 };
+
+struct Image {
+    dev: Arc<MemoryDevice>,
+    fs: Arc<Ext4>,
+    ino: Ino,
+}
+
+impl Image {
+    /// A new filesystem of `kib` KiB with one empty file.
+    fn new(args: &[&str], kib: u32) -> Self {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let made = Command::new("mke2fs")
+            .args(["-q", "-F"])
+            .args(args)
+            .arg(file.path())
+            .arg(format!("{kib}k"))
+            .status();
+        assert!(made.expect("mke2fs is installed").success());
+        let dev = MemoryDevice::from_vec(std::fs::read(file.path()).unwrap());
+        let fs = mount(&dev);
+        let entry = fs.mknod(&ROOT, fs.root(), b"file", 0o100_644, 0).unwrap();
+        Self { dev, fs, ino: entry.attr.ino }
+    }
+
+    fn read(&self, offset: u64, len: usize) -> Vec<u8> {
+        let mut reply = ReadReply::new();
+        self.fs.read(&ROOT, self.ino, FH, offset, len, &mut reply).unwrap();
+        reply.to_vec()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Result<usize, Errno> {
+        self.fs.write(&ROOT, self.ino, FH, offset, data, WriteFlags::empty())
+    }
+
+    fn truncate(&self, size: u64) {
+        let set = SetAttr { size: Some(size), ..SetAttr::default() };
+        self.fs.setattr(&ROOT, self.ino, &set).unwrap();
+    }
+
+    fn unmount(&self) {
+        self.fs.unmount().unwrap();
+        fsck(&self.dev);
+    }
+
+    fn remount(&mut self) {
+        self.unmount();
+        self.fs = mount(&self.dev);
+        self.ino = self.fs.lookup(&ROOT, self.fs.root(), b"file").unwrap().attr.ino;
+    }
+}
+
+fn mount(dev: &Arc<MemoryDevice>) -> Arc<Ext4> {
+    let options = MountOptions { cache_bytes: Some(8 << 20), ..MountOptions::default() };
+    Ext4::mount(dev.clone(), "test", &options).unwrap()
+}
+
+/// e2fsck finds nothing to repair.
+fn fsck(dev: &MemoryDevice) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), dev.snapshot()).unwrap();
+    let out = Command::new("e2fsck").arg("-fn").arg(file.path()).output().unwrap();
+    assert!(out.status.success(), "e2fsck:\n{}", String::from_utf8_lossy(&out.stdout));
+}
+
+/// xorshift: the same numbers for the same seed.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self, below: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % below
+    }
+}
+
+fn write_model(model: &mut Vec<u8>, offset: usize, data: &[u8]) {
+    if model.len() < offset + data.len() {
+        model.resize(offset + data.len(), 0);
+    }
+    model[offset..offset + data.len()].copy_from_slice(data);
+}
+
+/// Random operations on one file; the model is its bytes.
+fn run_model(args: &[&str], seed: u64) {
+    println!("mke2fs {args:?}, seed {seed}");
+    let mut random = Random(seed);
+    let mut image = Image::new(args, 24 * 1024);
+    let mut model: Vec<u8> = Vec::new();
+    const MOST: u64 = 3 << 20;
+    for step in 0..400u64 {
+        match random.next(100) {
+            0..=54 => {
+                let offset = random.next(MOST);
+                let len = if random.next(4) == 0 { random.next(200_000) } else { random.next(9000) } + 1;
+                let byte = (step % 255) as u8 + 1;
+                let data: Vec<u8> = (0..len).map(|at| byte ^ (at / 512) as u8).collect();
+                assert_eq!(image.write(offset, &data), Ok(data.len()), "step {step}");
+                write_model(&mut model, offset as usize, &data);
+            }
+            55..=64 => {
+                let data = vec![step as u8 | 1; random.next(5000) as usize + 1];
+                let flags = WriteFlags::APPEND;
+                let done = image.fs.write(&ROOT, image.ino, FH, 0, &data, flags);
+                assert_eq!(done, Ok(data.len()));
+                model.extend_from_slice(&data);
+            }
+            65..=74 => {
+                let size = if random.next(8) == 0 { 0 } else { random.next(MOST) };
+                image.truncate(size);
+                model.resize(size as usize, 0);
+            }
+            75..=89 => {
+                let offset = random.next(MOST) as usize;
+                let len = random.next(300_000) as usize;
+                let end = (offset + len).min(model.len());
+                let want = model.get(offset..end).unwrap_or(&[]);
+                assert!(image.read(offset as u64, len) == want, "step {step}: read {offset} +{len}");
+            }
+            90..=95 => image.fs.fsync(&ROOT, image.ino, FH, random.next(2) == 0).unwrap(),
+            96..=97 => image.fs.sync().unwrap(),
+            _ => image.remount(),
+        }
+        let attr = image.fs.getattr(&ROOT, image.ino).unwrap();
+        assert_eq!(attr.size, model.len() as u64, "step {step}");
+    }
+    image.remount();
+    assert!(image.read(0, 16 << 20) == model, "after the last remount");
+    image.truncate(0);
+    assert_eq!(image.fs.getattr(&ROOT, image.ino).unwrap().blocks, 0);
+    image.unmount();
+}
+
+macro_rules! model_tests {
+    ($($name:ident: $args:expr;)*) => { $(
+        #[test]
+        fn $name() {
+            for seed in [1, 7, 0x9E37_79B9] {
+                run_model(&$args, seed);
+            }
+        }
+    )* };
+}
+
+model_tests! {
+    ext4_of_1k_blocks_holds_what_the_model_holds: ["-t", "ext4", "-b", "1024"];
+    ext4_of_2k_blocks_holds_what_the_model_holds: ["-t", "ext4", "-b", "2048"];
+    ext4_of_4k_blocks_holds_what_the_model_holds: ["-t", "ext4", "-b", "4096"];
+    ext3_of_1k_blocks_holds_what_the_model_holds: ["-t", "ext3", "-b", "1024"];
+    ext3_of_4k_blocks_holds_what_the_model_holds: ["-t", "ext3", "-b", "4096"];
+    ext2_of_1k_blocks_holds_what_the_model_holds: ["-t", "ext2", "-b", "1024"];
+    ext2_of_4k_blocks_holds_what_the_model_holds: ["-t", "ext2", "-b", "4096"];
+}
+
+/// Fills the filesystem; what write(2) took must all reach the disk.
+fn fill(args: &[&str]) {
+    let mut image = Image::new(args, 4 * 1024);
+    let (mut written, step) = (0u64, 3000usize);
+    loop {
+        let data = vec![(written / step as u64) as u8 | 1; step];
+        match image.fs.write(&USER, image.ino, FH, written * 2, &data, WriteFlags::empty()) {
+            Ok(done) => {
+                written += done as u64;
+                if done < step {
+                    break;
+                }
+            }
+            Err(error) => {
+                assert_eq!(error, Errno::ENOSPC);
+                break;
+            }
+        }
+    }
+    assert!(written > 1 << 20, "only {written} bytes fitted");
+    image.fs.fsync(&ROOT, image.ino, FH, false).expect("no ENOSPC after write(2)");
+    let before = image.read(0, 16 << 20);
+    image.remount();
+    assert!(image.read(0, 16 << 20) == before);
+    image.truncate(0);
+    let again = vec![5u8; 1 << 20];
+    assert_eq!(image.write(0, &again), Ok(again.len()), "space comes back");
+    image.unmount();
+}
+
+#[test]
+fn running_out_of_space_is_the_error_of_write_alone() {
+    fill(&["-t", "ext4", "-b", "1024", "-O", "^has_journal"]);
+    fill(&["-t", "ext2", "-b", "1024"]);
+    fill(&["-t", "ext4", "-b", "4096", "-O", "^has_journal"]);
+}
+
+#[test]
+fn a_file_of_every_second_block_has_a_deep_tree_and_goes_again() {
+    for kind in ["ext4", "ext2"] {
+        let mut image = Image::new(&["-t", kind, "-b", "1024"], 40 * 1024);
+        for at in 0..8000u64 {
+            assert_eq!(image.write(at * 2048, &[at as u8 | 1; 1024]), Ok(1024));
+        }
+        image.remount();
+        for at in (0..8000u64).step_by(97) {
+            assert_eq!(image.read(at * 2048 + 1000, 48), {
+                let mut want = vec![at as u8 | 1; 24];
+                want.resize(if at == 7999 { 24 } else { 48 }, 0);
+                want
+            });
+        }
+        image.truncate(5000 * 2048 + 10);
+        image.remount();
+        image.truncate(0);
+        image.unmount();
+    }
+}
+
+#[test]
+fn seek_tells_data_from_holes_also_when_it_is_delayed() {
+    let mut image = Image::new(&["-t", "ext4", "-b", "4096"], 24 * 1024);
+    image.write(1 << 20, &[1; 4096]).unwrap();
+    image.truncate(4 << 20);
+    for _ in 0..2 {
+        let seek = |offset, whence| image.fs.lseek(&ROOT, image.ino, offset, whence);
+        assert_eq!(seek(0, libc::SEEK_DATA), Ok(1 << 20));
+        assert_eq!(seek(0, libc::SEEK_HOLE), Ok(0));
+        assert_eq!(seek(1 << 20, libc::SEEK_HOLE), Ok((1 << 20) + 4096));
+        assert_eq!(seek(2 << 20, libc::SEEK_DATA), Err(Errno::ENXIO));
+        assert_eq!(seek(4 << 20, libc::SEEK_HOLE), Err(Errno::ENXIO));
+        image.remount();
+    }
+    image.unmount();
+}
+
+#[test]
+fn a_deleted_file_gives_back_every_block() {
+    for kind in ["ext4", "ext3", "ext2"] {
+        let image = Image::new(&["-t", kind, "-b", "1024"], 24 * 1024);
+        image.fs.sync().unwrap();
+        let before = image.fs.statfs(&ROOT).unwrap().bfree;
+        image.write(0, &vec![3; 2 << 20]).unwrap();
+        image.write(9 << 20, &[4; 5000]).unwrap();
+        image.fs.fsync(&ROOT, image.ino, FH, false).unwrap();
+        image.write(11 << 20, &[4; 70_000]).unwrap();
+        image.fs.unlink(&ROOT, image.fs.root(), b"file").unwrap();
+        image.fs.forget(image.ino, 1);
+        image.fs.sync().unwrap();
+        assert_eq!(image.fs.statfs(&ROOT).unwrap().bfree, before);
+        image.unmount();
+    }
+}
