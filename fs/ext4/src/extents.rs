@@ -114,6 +114,14 @@ impl Path {
     }
 }
 
+/// An empty root for a new file.
+#[cfg(test)]
+pub(crate) fn empty_root() -> [u8; ROOT_SIZE] {
+    let mut root = [0; ROOT_SIZE];
+    ExtentNode::init(&mut root[..], 0);
+    root
+}
+
 /// Levels below the root: 0 when the extents are in the inode.
 pub(crate) fn tree_depth(io: &impl MapIo) -> Result<(u16, usize)> {
     let root = io.root();

@@ -29,16 +29,18 @@ use crate::map_blocks::Mapping;
 pub(crate) const PAGE: u64 = PAGE_SIZE as u64;
 /// Bytes for which space is reserved at once.
 const WRITE_CHUNK: usize = 1 << 20;
+/// Pages that are read, and lent to a reply, in one go.
+const READ_PAGES: u64 = 512;
 /// Most bytes of one read.
 const MAX_READ: usize = 64 << 20;
 const S_ISUID: u16 = 0o4000;
 const S_ISGID: u16 = 0o2000;
 const S_IXGRP: u16 = 0o0010;
 
-/// A page and the blocks of it that are to be read.
+/// A locked page that is being read.
 struct Fill {
     guard: FolioWriteGuard,
-    /// Device block and place in the page of each run.
+    /// A bio that fills it failed.
     failed: bool,
 }
 
@@ -84,16 +86,21 @@ impl Ext4 {
         self.touch_atime(inode);
         let (first, last) = (offset / PAGE, end.div_ceil(PAGE));
         let ahead = inode.data.readahead.lock().on_read(first, last - first, size.div_ceil(PAGE));
-        let pages = self.pages_for_read(inode, first, last)?;
-        for (index, page) in (first..last).zip(pages) {
-            let from = offset.max(index * PAGE) - index * PAGE;
-            let to = end.min((index + 1) * PAGE) - index * PAGE;
-            // Both are at most a page.
-            let range = from as usize..to as usize;
-            reply.push(match page {
-                Some(folio) => ReadSegment::Folio(folio.read(), range),
-                None => ReadSegment::Zeroes(range.len()),
-            });
+        // What a reply lends cannot leave the cache, so a long read is copied piece by piece.
+        let lends = last - first <= READ_PAGES;
+        for from in (first..last).step_by(READ_PAGES as usize) {
+            let to = last.min(from + READ_PAGES);
+            for (index, page) in (from..to).zip(self.pages_for_read(inode, from, to)?) {
+                let start = offset.max(index * PAGE) - index * PAGE;
+                let stop = end.min((index + 1) * PAGE) - index * PAGE;
+                // Both are at most a page.
+                let range = start as usize..stop as usize;
+                reply.push(match page {
+                    Some(folio) if lends => ReadSegment::Folio(folio.read(), range),
+                    Some(folio) => ReadSegment::Bytes(folio.read()[range].to_vec()),
+                    None => ReadSegment::Zeroes(range.len()),
+                });
+            }
         }
         if let Some(ahead) = ahead {
             self.read_ahead(inode, ahead);

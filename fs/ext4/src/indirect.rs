@@ -8,8 +8,6 @@
 //!
 //! Locks: `Inode::map`, shared to look, exclusive to change.
 
-use std::collections::BTreeSet;
-
 use uext_ondisk::indirect::{
     BlockPath, DIRECT_BLOCKS, Pointers, block_path, indirect_spans, pointers_per_block,
 };
@@ -326,14 +324,17 @@ pub(crate) fn nodes_needed(from: u32, end: u32, block_size: u32) -> u64 {
     total
 }
 
-/// Every block a map names, pointer blocks included, for tests and checks.
 #[cfg(test)]
-pub(crate) fn all_blocks(io: &impl MapIo) -> Result<(BTreeSet<u64>, BTreeSet<u64>)> {
+type Blocks = std::collections::BTreeSet<u64>;
+
+/// Every data block and every pointer block a map names.
+#[cfg(test)]
+pub(crate) fn all_blocks(io: &impl MapIo) -> Result<(Blocks, Blocks)> {
     fn walk(
         io: &impl MapIo,
         block: FsBlock,
         below: usize,
-        found: &mut (BTreeSet<u64>, BTreeSet<u64>),
+        found: &mut (Blocks, Blocks),
     ) -> Result<()> {
         if below == 0 {
             assert!(found.0.insert(block.0), "a block is mapped twice");
@@ -346,7 +347,7 @@ pub(crate) fn all_blocks(io: &impl MapIo) -> Result<(BTreeSet<u64>, BTreeSet<u64
         }
         Ok(())
     }
-    let mut found = (BTreeSet::new(), BTreeSet::new());
+    let mut found = (Blocks::new(), Blocks::new());
     let root = io.root();
     for (at, block) in pointers(io, &root[..])?.iter() {
         walk(io, block, at.saturating_sub(DIRECT_BLOCKS as usize - 1), &mut found)?;
@@ -372,7 +373,7 @@ mod tests {
 
     fn check_nodes(io: &MemIo) -> usize {
         let (data, nodes) = all_blocks(io).unwrap();
-        let kept: BTreeSet<u64> = io.nodes.borrow().keys().copied().collect();
+        let kept: Blocks = io.nodes.borrow().keys().copied().collect();
         assert_eq!(nodes, kept, "pointer blocks that nothing names");
         data.len()
     }
@@ -388,7 +389,10 @@ mod tests {
         for (index, &at) in starts.iter().enumerate() {
             for block in 0..6 {
                 let found = lookup(&io, at + block, 1).unwrap();
-                assert_eq!(found.start, Some(FsBlock(100 + 1000 * index as u64 + u64::from(block))));
+                assert_eq!(
+                    found.start,
+                    Some(FsBlock(100 + 1000 * index as u64 + u64::from(block)))
+                );
             }
         }
         assert_eq!(check_nodes(&io), 24);
@@ -431,7 +435,7 @@ mod tests {
                         continue;
                     }
                     insert(&io, at, FsBlock(next), len).unwrap();
-                    (0..len).for_each(|i| drop(model.insert(at + i, next + u64::from(i))));
+                    model.extend((0..len).map(|i| (at + i, next + u64::from(i))));
                     next += u64::from(len) + 3;
                 } else {
                     let end = at + len * 20;

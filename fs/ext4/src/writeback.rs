@@ -35,13 +35,14 @@ use crate::credits;
 use crate::error::{Error, Result};
 use crate::file::PAGE;
 use crate::fs::Ext4;
+use crate::indirect;
 use crate::inode::Inode;
 use crate::map_blocks::{map_run, map_written};
 use crate::map_io::FsMapIo;
 
 /// Pages written together: enough for long extents and a busy disk.
 const BATCH_PAGES: usize = 2048;
-/// Segments that one handle maps.
+/// Most segments that one handle maps.
 const SEGMENTS_PER_HANDLE: usize = 4;
 
 /// A locked page and how its write went.
@@ -351,9 +352,9 @@ impl Ext4 {
             segments.into_iter().filter(|s| !matches!(s.place, Place::Mapped(_))).collect();
         pending.reverse();
         while !pending.is_empty() {
-            let count = pending.len().min(SEGMENTS_PER_HANDLE);
+            let (count, credits) = self.group_of_segments(inode, &pending);
             let mut group = pending.split_off(pending.len() - count);
-            if let Err(error) = self.map_group(inode, &mut group) {
+            if let Err(error) = self.map_group(inode, &mut group, credits) {
                 // What the group still holds was not mapped.
                 for segment in group {
                     self.fail(pages, segment.logical, segment.logical + segment.len, &error);
@@ -369,11 +370,32 @@ impl Ext4 {
         }
     }
 
+    /// How many segments from the end of the vector go under one handle, and its credits.
+    fn group_of_segments(&self, inode: &Inode, pending: &[Segment]) -> (usize, u32) {
+        let is_extents = inode.core.lock().is_extents();
+        let most = self.journal.max_credits() / 2;
+        let (mut count, mut credits) = (0, credits::SETATTR);
+        for segment in pending.iter().rev().take(SEGMENTS_PER_HANDLE) {
+            let end = segment.logical.saturating_add(segment.len);
+            // A long run needs one insertion in a tree, but many pointer blocks in a block map.
+            let pointers = if is_extents {
+                0
+            } else {
+                indirect::nodes_needed(segment.logical, end, self.block_size())
+            };
+            let more = credits::MAP_BLOCKS + u32::try_from(pointers).unwrap_or(u32::MAX / 2);
+            if count > 0 && credits + more > most {
+                break;
+            }
+            (count, credits) = (count + 1, credits + more);
+        }
+        (count, credits)
+    }
+
     /// Maps segments, last of the vector first, under one handle. Those left in it after an error
     /// were not mapped.
-    fn map_group(&self, inode: &Inode, group: &mut Vec<Segment>) -> Result<()> {
-        let count = u32::try_from(group.len()).unwrap_or(u32::MAX);
-        let handle = self.start(credits::MAP_BLOCKS.saturating_mul(count) + credits::SETATTR)?;
+    fn map_group(&self, inode: &Inode, group: &mut Vec<Segment>, credits: u32) -> Result<()> {
+        let handle = self.start(credits)?;
         let mapped = self.map_under(&handle, inode, group);
         // Also after an error: what was mapped before it must reach the inode.
         let marked = self.mark_inode_dirty(&handle, inode);
