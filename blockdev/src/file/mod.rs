@@ -14,6 +14,7 @@
 mod engine_sync;
 mod engine_uring;
 mod flight;
+mod loops;
 mod open;
 mod target;
 

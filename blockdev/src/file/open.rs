@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use super::OpenOptions;
+use super::loops;
 use super::target::{Kind, Target};
 use crate::limits::QueueLimits;
 use crate::units::{SECTOR_SIZE, Sector};
@@ -93,6 +94,9 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Target, OpenErr
     }
     if kind == Kind::Image {
         lock(&file, options.read_only).map_err(fail)?;
+        if loops::in_use(&file.metadata().map_err(fail)?, options.read_only) {
+            return Err(OpenError::InUse(path.to_owned()));
+        }
     }
     if options.direct && !direct {
         log::warn!("{}: no direct I/O here, using the page cache", path.display());
