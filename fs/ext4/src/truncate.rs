@@ -79,7 +79,8 @@ impl Ext4 {
         loop {
             let handle = self.start(credits::TRUNCATE)?;
             let rest = self.unmap_step(&handle, inode, first, end);
-            if matches!(rest, Ok(None)) {
+            // Without a name it stays on the list until it is deleted.
+            if matches!(rest, Ok(None)) && inode.core.lock().nlink > 0 {
                 self.orphan_del(&handle, inode)?;
             }
             self.mark_inode_dirty(&handle, inode)?;
