@@ -183,8 +183,13 @@ impl Ext4 {
 
     /// Deletes what is open without a name: nobody can use it after the unmount.
     fn delete_unlinked(&self) {
-        for inode in self.orphan_inodes() {
-            if inode.core.lock().nlink == 0
+        for inode in self.orphan_inodes().into_iter().chain(self.inodes.all()) {
+            if inode.core.lock().nlink > 0 {
+                continue;
+            }
+            // The kernel's last forgets may come after its goodbye, or never.
+            inode.lookups.store(0, Ordering::Relaxed);
+            if !inode.deleted.load(Ordering::Relaxed)
                 && let Err(error) = self.delete_inode(&inode)
             {
                 self.report(Some(inode.ino), &error);
