@@ -1,0 +1,96 @@
+//! Shared mappings: two processes, msync, holes, and read(2) beside them.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Child;
+
+use uext_tests::require;
+use uext_tests::scratch::Kind;
+use uext_tests::tree::Rng;
+
+use crate::mapping::Mapping;
+use crate::{EXT4, Mounted, limited};
+
+const LEN: u64 = 6 << 20;
+const PAGE: usize = 4096;
+
+fn open(path: &Path) -> File {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).open(path).expect("open")
+}
+
+/// A python process that writes its byte into every second page through a mapping.
+fn other_writer(path: &Path) -> Child {
+    let program = "import mmap,sys\n\
+        f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 0)\n\
+        for page in range(1, len(m) // 4096, 2):\n\
+        \x20   m[page * 4096 + 100 : page * 4096 + 200] = b'p' * 100\n\
+        \x20   if page % 401 == 0: m.flush()\n\
+        m.flush(); m.close()\n";
+    limited(60, "python3").args(["-c", program]).arg(path).spawn().expect("start python3")
+}
+
+fn two_processes_write(kind: Kind) {
+    let mut mounted = Mounted::new(kind, 64);
+    let path = mounted.path().join("shared");
+    let file = open(&path);
+    // A hole: the pages come to be by being written.
+    file.set_len(LEN).expect("truncate");
+    let mut child = other_writer(&path);
+    let mapping = Mapping::new(&file, LEN);
+    let mut rng = Rng(3);
+    let mut expected = vec![0u8; usize::try_from(LEN).expect("fits")];
+    for page in (0..expected.len() / PAGE).step_by(2) {
+        let bytes = rng.bytes(100);
+        let at = page * PAGE + 100;
+        mapping.write(at, &bytes);
+        expected[at..at + 100].copy_from_slice(&bytes);
+        expected[at + PAGE..at + PAGE + 100].fill(b'p');
+        if page % 500 == 0 {
+            mapping.sync();
+        }
+    }
+    mapping.sync();
+    assert!(child.wait().expect("wait").success(), "the other process failed");
+    let mut seen = vec![0u8; expected.len()];
+    file.read_exact_at(&mut seen, 0).expect("read");
+    assert!(seen == expected, "read(2) differs from what was mapped");
+    mapping.read(0, &mut seen);
+    assert!(seen == expected, "the mapping differs");
+    drop((mapping, file));
+    mounted.check_and_remount();
+    assert!(std::fs::read(&path).expect("read") == expected, "it differs after a remount");
+    mounted.finish();
+}
+
+#[test]
+fn two_processes_write_one_shared_mapping() {
+    require!("python3", "mke2fs", "e2fsck");
+    two_processes_write(EXT4);
+}
+
+#[test]
+fn two_processes_write_one_shared_mapping_on_ext2_with_small_blocks() {
+    require!("python3", "mke2fs", "e2fsck");
+    two_processes_write(Kind { fs: "ext2", block_size: 1024 });
+}
+
+#[test]
+fn a_mapping_outlives_the_name_and_the_descriptor() {
+    require!("mke2fs", "e2fsck");
+    let mounted = Mounted::new(EXT4, 64);
+    let path = mounted.path().join("gone");
+    let file = open(&path);
+    file.set_len(1 << 20).expect("truncate");
+    let mapping = Mapping::new(&file, 1 << 20);
+    std::fs::remove_file(&path).expect("unlink");
+    drop(file);
+    mapping.write(5000, b"still here");
+    let mut seen = [0; 10];
+    mapping.read(5000, &mut seen);
+    assert_eq!(&seen, b"still here");
+    mapping.sync();
+    drop(mapping);
+    mounted.finish();
+}
