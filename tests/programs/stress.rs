@@ -54,7 +54,7 @@ impl Worker {
         }
         let n = self.rng.below(NAMES);
         // Some names are long, so that directories have several blocks.
-        path.push(format!("f{n}{}", "-".repeat(if n % 5 == 0 { 200 } else { 0 })));
+        path.push(format!("f{n}{}", "-".repeat(if n.is_multiple_of(5) { 200 } else { 0 })));
         path
     }
 
