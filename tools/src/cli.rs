@@ -37,7 +37,7 @@ enum Command {
     /// Make a filesystem on a device or image
     #[command(disable_help_flag = true)]
     Mkfs(PassedOn),
-    /// Check and repair a filesystem
+    /// Check a filesystem without changing it (-n)
     #[command(disable_help_flag = true)]
     Fsck(PassedOn),
     /// Mount an image or device; returns when the mount can be used

@@ -22,9 +22,14 @@
 //! 9. `Inode::core` (attributes; never held over anything that waits)
 //! 10. inode cache shard
 //!
-//! No handle is started, and no `map` lock taken for writing, while a folio's or a
-//! buffer's content lock is held. A reader that fills a folio may take `map` shared:
-//! whoever holds `map` exclusively never waits for a folio.
+//! A thread that blocks on a second directory's `rwsem` holds `Ext4::rename`; without
+//! it, it only tries and starts over with the mutex, so directories that name each
+//! other cannot lock each other out.
+//!
+//! No handle is started, and no `map` lock taken for writing, while a buffer's content
+//! lock is held. Writeback alone holds folios (shared) across both, until their blocks
+//! are mapped; so whoever holds a handle, or `map` exclusively, never waits for a folio
+//! of a regular file. A reader that fills a folio may take `map` shared.
 #![forbid(unsafe_code)]
 
 pub mod error;

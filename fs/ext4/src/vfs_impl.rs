@@ -39,6 +39,23 @@ impl Ext4 {
         })
     }
 
+    /// The edge of a change of names, which `sync` and `dirsync` make durable before it returns.
+    fn edge_names<T>(&self, ino: Ino, result: Result<T>) -> uext_vfs::Result<T> {
+        let done = self.edge(ino, result)?;
+        if self.options.sync || self.options.dirsync {
+            self.edge(ino, self.commit_names())?;
+        }
+        Ok(done)
+    }
+
+    fn commit_names(&self) -> Result<()> {
+        if self.journal.has_journal() {
+            return Ok(self.journal.commit_all()?);
+        }
+        self.buffers.write_dirty()?;
+        Ok(self.buffers.flush_device()?)
+    }
+
     /// Deletes an inode whose last name went while no front end knew it.
     fn release_unlinked(&self, victim: Option<Arc<Inode>>) -> Result<()> {
         match victim {
@@ -192,12 +209,12 @@ impl FileSystem for Ext4 {
         rdev: u32,
     ) -> uext_vfs::Result<Entry> {
         let made = self.inode(parent).and_then(|dir| self.make_node(ctx, &dir, name, mode, rdev));
-        self.edge(parent, made).map(|inode| self.entry(&inode))
+        self.edge_names(parent, made).map(|inode| self.entry(&inode))
     }
 
     fn mkdir(&self, ctx: &Context, parent: Ino, name: &[u8], mode: u32) -> uext_vfs::Result<Entry> {
         let made = self.inode(parent).and_then(|dir| self.make_dir(ctx, &dir, name, mode));
-        self.edge(parent, made).map(|inode| self.entry(&inode))
+        self.edge_names(parent, made).map(|inode| self.entry(&inode))
     }
 
     fn tmpfile(
@@ -208,7 +225,7 @@ impl FileSystem for Ext4 {
         _flags: i32,
     ) -> uext_vfs::Result<(Entry, OpenReply)> {
         let made = self.inode(parent).and_then(|dir| self.make_tmpfile(ctx, &dir, mode));
-        let entry = self.edge(parent, made).map(|inode| self.entry(&inode))?;
+        let entry = self.edge_names(parent, made).map(|inode| self.entry(&inode))?;
         Ok((entry, OpenReply { keep_cache: true, ..OpenReply::default() }))
     }
 
@@ -220,7 +237,7 @@ impl FileSystem for Ext4 {
         target: &[u8],
     ) -> uext_vfs::Result<Entry> {
         let made = self.inode(parent).and_then(|dir| self.make_symlink(ctx, &dir, name, target));
-        self.edge(parent, made).map(|inode| self.entry(&inode))
+        self.edge_names(parent, made).map(|inode| self.entry(&inode))
     }
 
     fn link(&self, ctx: &Context, ino: Ino, parent: Ino, name: &[u8]) -> uext_vfs::Result<Entry> {
@@ -229,17 +246,17 @@ impl FileSystem for Ext4 {
             self.make_link(ctx, &inode, &dir, name)?;
             Ok(inode)
         });
-        self.edge(parent, made).map(|inode| self.entry(&inode))
+        self.edge_names(parent, made).map(|inode| self.entry(&inode))
     }
 
     fn unlink(&self, ctx: &Context, parent: Ino, name: &[u8]) -> uext_vfs::Result<()> {
         let gone = self.inode(parent).and_then(|dir| self.unlink_name(ctx, &dir, name));
-        self.edge(parent, gone.and_then(|inode| self.release_unlinked(Some(inode))))
+        self.edge_names(parent, gone.and_then(|inode| self.release_unlinked(Some(inode))))
     }
 
     fn rmdir(&self, ctx: &Context, parent: Ino, name: &[u8]) -> uext_vfs::Result<()> {
         let gone = self.inode(parent).and_then(|dir| self.remove_dir(ctx, &dir, name));
-        self.edge(parent, gone.and_then(|inode| self.release_unlinked(Some(inode))))
+        self.edge_names(parent, gone.and_then(|inode| self.release_unlinked(Some(inode))))
     }
 
     fn rename(
@@ -253,7 +270,7 @@ impl FileSystem for Ext4 {
             let new_dir = self.inode(to.0)?;
             self.rename_names(ctx, (&old_dir, from.1), (&new_dir, to.1), flags)
         });
-        self.edge(from.0, replaced.and_then(|inode| self.release_unlinked(inode)))
+        self.edge_names(from.0, replaced.and_then(|inode| self.release_unlinked(inode)))
     }
 
     fn read(
