@@ -27,7 +27,13 @@ fn images(index: &str) -> Vec<(&str, &str)> {
 fn verdicts_on_damaged_images_are_those_of_e2fsck() {
     uext_tests::require!("e2fsck", "gzip");
     let Some(dir) = corpus() else {
-        eprintln!("SKIPPED: no corpus of damaged images; set UEXT_CORPUS to its directory");
+        {
+            use std::io::Write as _;
+            let _ = writeln!(
+                std::io::stderr(),
+                "SKIPPED: no corpus of damaged images; set UEXT_CORPUS to its directory"
+            );
+        }
         return;
     };
     let index = std::fs::read_to_string(dir.join("INDEX.md")).expect("read the index");

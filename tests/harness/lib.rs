@@ -27,12 +27,13 @@ fn has_tool(tool: &str) -> bool {
     path.split(':').any(|dir| std::path::Path::new(dir).join(tool).exists())
 }
 
-/// Skips the test, saying why, when the machine lacks something.
+/// Skips the test, saying why, when the machine lacks something. Written to the stream itself:
+/// what the print macros print is captured, and not shown when the test passes.
 #[macro_export]
 macro_rules! require {
     ($($tool:expr),* $(,)?) => {
         if let Some(why) = $crate::missing(&[$($tool),*]) {
-            eprintln!("SKIPPED {}: {why}", std::thread::current().name().unwrap_or("test"));
+            { use std::io::Write as _; let _ = writeln!(std::io::stderr(), "SKIPPED {}: {why}", std::thread::current().name().unwrap_or("test")); }
             return;
         }
     };

@@ -220,7 +220,13 @@ fn fsx_program() -> Option<PathBuf> {
         return Some(path.into());
     }
     if std::env::var_os("UEXT_LONG").is_none() {
-        eprintln!("SKIPPED fsx: set UEXT_LONG=1, or UEXT_FSX to the program (it takes minutes)");
+        {
+            use std::io::Write as _;
+            let _ = writeln!(
+                std::io::stderr(),
+                "SKIPPED fsx: set UEXT_LONG=1, or UEXT_FSX to the program (it takes minutes)"
+            );
+        }
         return None;
     }
     let exe = std::env::current_exe().expect("the test has a path");
@@ -232,7 +238,10 @@ fn fsx_program() -> Option<PathBuf> {
         install.arg("--target-dir").arg(root.join("target"));
         let status = install.status();
         if !status.is_ok_and(|status| status.success()) {
-            eprintln!("SKIPPED fsx: cargo install fsx failed");
+            {
+                use std::io::Write as _;
+                let _ = writeln!(std::io::stderr(), "SKIPPED fsx: cargo install fsx failed");
+            }
             return None;
         }
     }

@@ -30,7 +30,10 @@ fn options(args: &str, image: &Path, size: &str) -> Options {
 fn judge(program: &str, args: &[&str]) -> Option<Output> {
     let output = Command::new(program).args(args).output();
     if output.is_err() {
-        eprintln!("SKIPPED: {program} is not installed");
+        {
+            use std::io::Write as _;
+            let _ = writeln!(std::io::stderr(), "SKIPPED: {program} is not installed");
+        }
     }
     output.ok()
 }

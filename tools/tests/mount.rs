@@ -17,7 +17,10 @@ impl Bench {
     /// `None`, loudly, where nothing can be mounted.
     fn new() -> Option<Self> {
         if !nix::unistd::getuid().is_root() || !Path::new("/dev/fuse").exists() {
-            eprintln!("SKIPPED: mounting needs root and /dev/fuse");
+            {
+                use std::io::Write as _;
+                let _ = writeln!(std::io::stderr(), "SKIPPED: mounting needs root and /dev/fuse");
+            }
             return None;
         }
         let scratch = tempfile::tempdir().unwrap();

@@ -39,7 +39,13 @@ impl Drop for KernelMount {
 fn can_mount() -> bool {
     let root = Command::new("id").arg("-u").output().is_ok_and(|out| out.stdout == b"0\n");
     if !root || !Path::new("/dev/loop-control").exists() {
-        eprintln!("SKIPPED: needs root and loop devices to mount with the kernel's ext4");
+        {
+            use std::io::Write as _;
+            let _ = writeln!(
+                std::io::stderr(),
+                "SKIPPED: needs root and loop devices to mount with the kernel's ext4"
+            );
+        }
         return false;
     }
     true

@@ -33,7 +33,10 @@ struct TestMount {
 fn can_mount() -> bool {
     let able = nix::unistd::getuid().is_root() && Path::new("/dev/fuse").exists();
     if !able {
-        eprintln!("SKIPPED: mounting needs root and /dev/fuse");
+        {
+            use std::io::Write as _;
+            let _ = writeln!(std::io::stderr(), "SKIPPED: mounting needs root and /dev/fuse");
+        }
     }
     able
 }

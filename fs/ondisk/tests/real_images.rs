@@ -33,7 +33,10 @@ impl Image {
         let made =
             Command::new("mke2fs").args(["-q", "-F"]).args(args).arg(&path).arg(size).output();
         let Ok(made) = made else {
-            eprintln!("SKIPPED: mke2fs is not installed");
+            {
+                use std::io::Write as _;
+                let _ = writeln!(std::io::stderr(), "SKIPPED: mke2fs is not installed");
+            }
             return None;
         };
         assert!(

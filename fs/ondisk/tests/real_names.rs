@@ -44,7 +44,10 @@ impl Image {
         let mut mkfs = Command::new("mke2fs");
         mkfs.args(["-q", "-F", "-t", "ext4", "-b", "1024", "-O", "^has_journal", "-N", "600"]);
         if mkfs.arg("-d").arg(&source).arg(&path).arg("8M").output().is_err() {
-            eprintln!("SKIPPED: mke2fs is not installed");
+            {
+                use std::io::Write as _;
+                let _ = writeln!(std::io::stderr(), "SKIPPED: mke2fs is not installed");
+            }
             return None;
         }
         output(Command::new("e2fsck").arg("-fyD").arg(&path));

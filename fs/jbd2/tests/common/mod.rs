@@ -14,7 +14,13 @@ pub fn have_e2fsprogs() -> bool {
         Command::new(tool).arg("-V").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok()
     });
     if !found {
-        eprintln!("SKIPPED: e2fsprogs (mke2fs, e2fsck, debugfs) is not installed");
+        {
+            use std::io::Write as _;
+            let _ = writeln!(
+                std::io::stderr(),
+                "SKIPPED: e2fsprogs (mke2fs, e2fsck, debugfs) is not installed"
+            );
+        }
     }
     found
 }
@@ -205,7 +211,11 @@ pub fn have_kernel_mounts(dir: &Path) -> bool {
     match KernelMount::new(&image, "") {
         Ok(_) => true,
         Err(error) => {
-            eprintln!("SKIPPED: the kernel mounts nothing here: {error}");
+            {
+                use std::io::Write as _;
+                let _ =
+                    writeln!(std::io::stderr(), "SKIPPED: the kernel mounts nothing here: {error}");
+            }
             false
         }
     }
