@@ -16,8 +16,13 @@ const SETS: usize = 8;
 const TORN_SETS: usize = 3;
 /// Prefixes tested when `UEXT_CRASH_STATES` does not say.
 const PREFIXES: usize = 300;
-/// One state of so many that are no flush boundary goes to e2fsck.
+/// One state of so many that are no flush boundary goes to e2fsck, if `UEXT_CRASH_KERNEL` is not set.
 const KERNEL_SHARE: usize = 12;
+
+/// `UEXT_CRASH_KERNEL=all`: every prefix, and every state to e2fsck as well.
+fn kernel_judges_all() -> bool {
+    std::env::var("UEXT_CRASH_KERNEL").is_ok_and(|which| which == "all")
+}
 
 /// Says on the way out of a panic how to come back to it.
 struct Replay<'a> {
@@ -51,6 +56,7 @@ impl Court<'_> {
         if self.only.as_ref().is_some_and(|only| *only != cut) {
             return;
         }
+        let kernel = kernel || kernel_judges_all();
         let replay = Replay { name: self.name, cut: cut.clone() };
         self.states += 1;
         self.by_kernel += usize::from(kernel);
@@ -72,7 +78,7 @@ impl Court<'_> {
 pub fn judge_all(name: &str, base: &Arc<Vec<u8>>, log: &WriteLog, history: &History) {
     let begin = Instant::now();
     let only = std::env::var("UEXT_CRASH_CUT").ok();
-    let every = only.is_some();
+    let every = only.is_some() || kernel_judges_all();
     let mut court = Court {
         name,
         history,

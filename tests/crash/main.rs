@@ -9,7 +9,8 @@
 //!
 //! A failure prints the line that repeats it, such as
 //! `UEXT_CRASH_CUT=prefix:17 cargo test -p uext-tests --test crash rename`.
-//! `UEXT_CRASH_STATES` sets how many prefixes a workload tests (all: 0).
+//! `UEXT_CRASH_STATES` sets how many prefixes a workload tests (all: 0). With
+//! `UEXT_CRASH_KERNEL=all` every prefix is tested, and every state goes to e2fsck as well.
 
 mod cuts;
 mod history;
