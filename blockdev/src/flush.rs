@@ -140,7 +140,7 @@ fn without(mut bio: Bio, flags: BioFlags) -> Bio {
 mod tests {
     use std::sync::mpsc::{Receiver, channel};
 
-    use parking_lot::Mutex;
+    use uext_sync::Mutex;
 
     use super::*;
     use crate::aligned::AlignedBuf;

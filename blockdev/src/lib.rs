@@ -23,7 +23,6 @@ pub mod mempool;
 pub mod plug;
 pub mod split;
 pub mod status;
-mod sync;
 pub mod units;
 
 pub use aligned::AlignedBuf;

@@ -26,7 +26,7 @@
 use std::collections::VecDeque;
 use std::ops::{Deref, DerefMut};
 
-use crate::sync::{Arc, Condvar, Mutex, MutexGuard};
+use uext_sync::{Arc, Condvar, Mutex, MutexGuard};
 
 /// Makes an element, or says that there is no memory for one now.
 type Alloc<T> = Box<dyn Fn() -> Option<T> + Send + Sync>;
@@ -96,7 +96,7 @@ impl<T> Mempool<T> {
                 self.inner.wake(&state);
                 return self.pooled(value);
             }
-            state = self.inner.returned.wait(state);
+            self.inner.returned.wait(&mut state);
         }
     }
 
@@ -248,7 +248,7 @@ mod tests {
     }
 }
 
-/// Run with `RUSTFLAGS="--cfg loom" cargo test -p uext-blockdev --lib loom`.
+/// Run with `RUSTFLAGS="--cfg loom" cargo test -p uext-blockdev --lib loom` (own target directory).
 #[cfg(all(test, loom))]
 mod loom_tests {
     use super::*;

@@ -171,8 +171,8 @@ mod tests {
     use std::sync::Arc;
     use std::sync::mpsc::{Receiver, Sender, channel};
 
-    use parking_lot::Mutex;
     use proptest::prelude::*;
+    use uext_sync::Mutex;
 
     use super::*;
     use crate::aligned::AlignedBuf;

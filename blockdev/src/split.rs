@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use parking_lot::Mutex;
+use uext_sync::Mutex;
 
 use crate::bio::{Bio, BioEndIo, BioOp};
 use crate::limits::QueueLimits;

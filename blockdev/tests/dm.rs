@@ -73,7 +73,7 @@ fn a_fua_write_is_durable_alone_and_is_not_undone_by_an_older_write() {
 #[test]
 fn a_write_in_flight_at_the_flush_is_not_covered_by_it() {
     /// Keeps writes until the test lets them go.
-    struct Slow(Arc<MemoryDevice>, parking_lot::Mutex<Vec<Bio>>);
+    struct Slow(Arc<MemoryDevice>, uext_sync::Mutex<Vec<Bio>>);
     impl BlockDevice for Slow {
         fn limits(&self) -> &uext_blockdev::QueueLimits {
             self.0.limits()
@@ -82,7 +82,7 @@ fn a_write_in_flight_at_the_flush_is_not_covered_by_it() {
             if bio.op() == BioOp::Write { self.1.lock().push(bio) } else { self.0.submit_bio(bio) }
         }
     }
-    let slow = Arc::new(Slow(MemoryDevice::new(SIZE as u64), parking_lot::Mutex::default()));
+    let slow = Arc::new(Slow(MemoryDevice::new(SIZE as u64), uext_sync::Mutex::default()));
     let log = LogWrites::new(slow.clone());
     let dev: &dyn BlockDevice = &*log;
     let mut bio = Bio::new(BioOp::Write, BioFlags::empty(), Sector(0));

@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bitflags::bitflags;
-use parking_lot::Mutex;
+use uext_sync::Mutex;
 
 use super::Rng;
 use crate::bio::{Bio, BioOp};

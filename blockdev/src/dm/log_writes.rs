@@ -16,7 +16,7 @@
 
 use std::sync::Arc;
 
-use parking_lot::Mutex;
+use uext_sync::Mutex;
 
 use crate::bio::{Bio, BioFlags, BioOp};
 use crate::device::BlockDevice;

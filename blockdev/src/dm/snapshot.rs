@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
-use parking_lot::RwLock;
+use uext_sync::RwLock;
 
 use crate::bio::{Bio, BioOp};
 use crate::device::BlockDevice;

@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle, ThreadId};
 
-use parking_lot::{Condvar, Mutex};
+use uext_sync::{Condvar, Mutex};
 
 use super::EngineQueue;
 use super::engine_uring::complete;

@@ -31,7 +31,7 @@ use std::thread::{self, JoinHandle, ThreadId};
 use std::time::Duration;
 
 use io_uring::{EnterFlags, IoUring, opcode};
-use parking_lot::{Condvar, Mutex};
+use uext_sync::{Condvar, Mutex};
 
 use super::EngineQueue;
 use super::engine_sync::{HELPERS, SyncEngine};

@@ -8,10 +8,9 @@
 //! 4. Commit: the commit block behind a flush, durable itself.
 //! 5. Finished: its buffers wait for their checkpoint; the call-backs run.
 
-use std::time::{Duration, Instant};
-
-use parking_lot::MutexGuard;
 use uext_pagecache::Buffer;
+use uext_sync::MutexGuard;
+use uext_sync::time::{Duration, Instant};
 
 use crate::error::{JournalError, Result};
 use crate::journal::{Journal, is_pending};

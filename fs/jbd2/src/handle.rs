@@ -21,7 +21,7 @@ use std::cell::Cell;
 use std::collections::btree_map::Entry;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use uext_sync::atomic::Ordering;
 
 use uext_blockdev::AlignedBuf;
 use uext_pagecache::{Buffer, BufferWriteGuard};

@@ -3,13 +3,13 @@
 //! See the crate's documentation for the locks and the life of a transaction.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
+use uext_sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::{Condvar, Mutex, RwLock};
 use uext_blockdev::BlockDevice;
 use uext_pagecache::{BufferCache, CheckpointHook};
+use uext_sync::{Condvar, Mutex, RwLock};
 
 use crate::background::Background;
 use crate::config::JournalConfig;

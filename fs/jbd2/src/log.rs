@@ -13,12 +13,12 @@
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use parking_lot::Mutex;
 use uext_blockdev::{AlignedBuf, Bio, BioFlags, BioOp, BioVec, BlkStatus, BlockDevice, Sector};
 use uext_ondisk::jbd2::{
     BlockType, CommitBlock, DescriptorWriter, JournalCompat, JournalIncompat, JournalSuperblock,
     RawJournalSuperblock, RevokeWriter, TagFormat, edit_superblock_with,
 };
+use uext_sync::Mutex;
 use zerocopy::FromBytes;
 
 use crate::config::JournalConfig;

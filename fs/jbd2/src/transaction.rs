@@ -1,9 +1,9 @@
 //! What one transaction holds, and what the journal knows of all of them.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::time::Instant;
 
 use uext_pagecache::Buffer;
+use uext_sync::time::Instant;
 
 use crate::error::JournalError;
 use crate::tid::Tid;

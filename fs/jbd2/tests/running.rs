@@ -10,10 +10,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::*;
-use parking_lot::Mutex;
 use uext_blockdev::{Bio, BioFlags, BioOp, BlkStatus, BlockDevice, MemoryDevice, QueueLimits};
 use uext_jbd2::{Journal, JournalConfig, JournalError, JournalMap, OnDamage, Recovery};
 use uext_pagecache::{BufferCache, CacheConfig, PageCache};
+use uext_sync::Mutex;
 
 /// One step a device did.
 enum Step {

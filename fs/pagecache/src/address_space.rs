@@ -15,10 +15,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Weak};
 
-use parking_lot::{Condvar, Mutex, RwLock};
+use uext_sync::atomic::{Ordering, fence};
+use uext_sync::{Condvar, Mutex, RwLock};
 
 use crate::cache::{Change, PageCache};
 use crate::errseq::{ErrSeq, WritebackError};
@@ -105,7 +105,7 @@ pub struct AddressSpace {
 impl AddressSpace {
     /// The pages of the inode `id`.
     pub fn new(cache: &Arc<PageCache>, id: u64, ops: Weak<dyn AddressSpaceOps>) -> Arc<Self> {
-        static SEQ: AtomicU64 = AtomicU64::new(0);
+        static SEQ: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
         Arc::new_cyclic(|me| Self {
             me: me.clone(),
             cache: cache.clone(),

@@ -14,10 +14,10 @@
 use std::collections::BTreeSet;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use uext_sync::atomic::{AtomicU32, Ordering};
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
 use uext_blockdev::{AlignedBuf, BioVec};
+use uext_sync::{Condvar, Mutex, MutexGuard};
 
 use crate::cache::Counters;
 use crate::frame::{Frame, FrameRead, FrameWrite};

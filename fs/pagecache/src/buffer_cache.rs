@@ -14,13 +14,13 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Weak};
+use uext_sync::atomic::{AtomicBool, Ordering, fence};
 
-use parking_lot::{Condvar, Mutex, RwLock};
 use uext_blockdev::{
     AlignedBuf, Bio, BioFlags, BioOp, BioVec, BlkResult, BlkStatus, BlockDevice, Sector,
 };
+use uext_sync::{Condvar, Mutex, RwLock};
 
 use crate::buffer::{Buffer, BufferHead, DirtyBuffers};
 use crate::cache::PageCache;

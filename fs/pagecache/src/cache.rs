@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use parking_lot::{Mutex, RwLock};
+use uext_sync::{Mutex, RwLock};
 
 use crate::buffer_cache::BufferCache;
 use crate::frame::{Frame, FramePool, PAGE_SIZE};

@@ -4,7 +4,7 @@
 //! open file keeps a mark of the last error it has reported. An error nobody has
 //! seen yet is reported to the next one who samples, even when it opened later.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use uext_sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use thiserror::Error;
 use uext_blockdev::BlkStatus;

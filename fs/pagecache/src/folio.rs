@@ -17,8 +17,8 @@
 //! exclusive guard, so its contents do not change between "clean" and the end of the write.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
+use uext_sync::atomic::{AtomicU32, Ordering};
 
 use uext_blockdev::BioVec;
 

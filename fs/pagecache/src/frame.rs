@@ -24,11 +24,11 @@
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
-use parking_lot::lock_api::{RawRwLock as _, RawRwLockRecursive as _};
-use parking_lot::{Mutex, RawRwLock};
 use uext_blockdev::{AlignedBuf, BioVec, IoBuffer};
+use uext_sync::Mutex;
+use uext_sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use uext_sync::raw::*;
 
 use crate::rmap::{Mapping, Rmap};
 

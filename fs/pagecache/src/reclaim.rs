@@ -13,7 +13,8 @@
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+
+use uext_sync::time::{Duration, Instant};
 
 use crate::cache::PageCache;
 use crate::rmap::Rmap;
@@ -56,7 +57,7 @@ impl Backoff {
     }
 }
 
-thread_local! {
+uext_sync::thread_local! {
     static MAY_NOT_WAIT: Cell<u32> = const { Cell::new(0) };
 }
 
@@ -73,18 +74,18 @@ impl NoWaitScope {
     #[must_use]
     #[allow(clippy::new_without_default, reason = "a scope is begun, not defaulted")]
     pub fn new() -> Self {
-        MAY_NOT_WAIT.set(MAY_NOT_WAIT.get() + 1);
+        MAY_NOT_WAIT.with(|scopes| scopes.set(scopes.get() + 1));
         Self { _thread: std::marker::PhantomData }
     }
 
     pub(crate) fn is_active() -> bool {
-        MAY_NOT_WAIT.get() > 0
+        MAY_NOT_WAIT.with(Cell::get) > 0
     }
 }
 
 impl Drop for NoWaitScope {
     fn drop(&mut self) {
-        MAY_NOT_WAIT.set(MAY_NOT_WAIT.get() - 1);
+        MAY_NOT_WAIT.with(|scopes| scopes.set(scopes.get() - 1));
     }
 }
 

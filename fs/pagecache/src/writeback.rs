@@ -18,12 +18,12 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use uext_sync::atomic::{AtomicUsize, Ordering};
+use uext_sync::time::{Duration, Instant};
+use uext_sync::{Condvar, Mutex};
 
 use crate::address_space::{AddressSpace, WritebackControl, WritebackReason};
 use crate::cache::PageCache;

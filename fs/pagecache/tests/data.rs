@@ -9,12 +9,12 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use common::{Allocator, Inode, SlowDevice, eventually, quiet_cache, small_cache};
-use parking_lot::Mutex;
 use uext_blockdev::{BlockDevice, MemoryDevice};
 use uext_pagecache::{
     AddressSpace, AddressSpaceOps, Buffer, BufferCache, CacheConfig, Change, ChangeListener,
     PAGE_SIZE, PageCache, WritebackControl, WritebackError,
 };
+use uext_sync::Mutex;
 
 const MIB: usize = 1 << 20;
 

@@ -10,8 +10,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use common::{Allocator, Inode, Rng, SlowDevice, seed, small_cache};
-use parking_lot::Mutex;
 use uext_pagecache::PAGE_SIZE;
+use uext_sync::Mutex;
 
 const FILES: u64 = 4;
 const PAGES: u64 = 200;

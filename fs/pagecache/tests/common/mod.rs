@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak, mpsc};
 use std::time::Duration;
 
-use parking_lot::{Mutex, RwLock};
 use uext_blockdev::{
     Bio, BioFlags, BioOp, BlkStatus, BlockDevice, MemoryDevice, QueueLimits, Sector,
 };
@@ -15,6 +14,7 @@ use uext_pagecache::{
     AddressSpace, AddressSpaceOps, CacheConfig, PAGE_SIZE, PageCache, WritebackControl,
     WritebackError, WritebackGuard,
 };
+use uext_sync::{Mutex, RwLock};
 
 /// xorshift64*.
 pub struct Rng(u64);
