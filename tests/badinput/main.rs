@@ -1,6 +1,8 @@
 //! Damaged, foreign and busy images: a mount is refused in one clear line, nothing
 //! is written, and what still mounts does not take the daemon down.
 
+mod superblock;
+
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;

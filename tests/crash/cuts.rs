@@ -3,9 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use uext_blockdev::SECTOR_SIZE;
-use uext_blockdev::dm::{CrashOptions, CrashPoint, SnapshotDevice, UnitSet, WriteLog};
-use uext_ondisk::superblock::SUPERBLOCK_OFFSET;
+use uext_blockdev::dm::{CrashOptions, SnapshotDevice, UnitSet, WriteLog};
 
 use crate::history::History;
 use crate::judges::{self, Kernel};
@@ -48,6 +46,8 @@ struct Court<'a> {
     only: Option<String>,
     states: usize,
     by_kernel: usize,
+    /// States whose superblock is half of one write, half of another.
+    torn: usize,
     failures: Vec<String>,
 }
 
@@ -60,7 +60,10 @@ impl Court<'_> {
         let replay = Replay { name: self.name, cut: cut.clone() };
         self.states += 1;
         self.by_kernel += usize::from(kernel);
-        let raw = if kernel { self.kernel.judge_raw(disk) } else { Ok(()) };
+        // From a superblock without a backup e2fsck does not come back.
+        let torn = judges::superblock_is_torn(disk);
+        self.torn += usize::from(torn);
+        let raw = if kernel && !torn { self.kernel.judge_raw(disk) } else { Ok(()) };
         let judged = judges::ours(disk, self.history, time);
         let after = match &judged {
             Ok(()) if kernel => self.kernel.judge_clean(disk),
@@ -86,6 +89,7 @@ pub fn judge_all(name: &str, base: &Arc<Vec<u8>>, log: &WriteLog, history: &Hist
         only,
         states: 0,
         by_kernel: 0,
+        torn: 0,
         failures: Vec::new(),
     };
     let start = SnapshotDevice::over_vec(base.clone());
@@ -95,11 +99,12 @@ pub fn judge_all(name: &str, base: &Arc<Vec<u8>>, log: &WriteLog, history: &Hist
     let took = begin.elapsed().as_secs_f64();
     println!(
         "{name}: {} steps, {} writes, {boundaries} flush boundaries, {prefixes} prefixes: {} states \
-         ({} by e2fsck too) in {took:.1} s, {:.0} states/s",
+         ({} by e2fsck too, {} with a torn superblock) in {took:.1} s, {:.0} states/s",
         history.len(),
         log.completed_changes(),
         court.states,
         court.by_kernel,
+        court.torn,
         court.states as f64 / took
     );
     assert!(court.failures.is_empty(), "{name}:\n{}", court.failures.join("\n"));
@@ -125,10 +130,7 @@ fn judge_boundaries(court: &mut Court<'_>, start: &SnapshotDevice, log: &WriteLo
     boundaries
 }
 
-/// A disk that writes sectors and not blocks: blocks half old, half new.
-///
-/// The superblock's two sectors stay together here: a mount does not yet come back from a
-/// superblock whose checksum is wrong (e2fsck wants `-b` for it too).
+/// A disk that writes sectors and not blocks: blocks half old, half new, the superblock too.
 fn judge_torn_blocks(court: &mut Court<'_>, start: &SnapshotDevice, log: &WriteLog) {
     let sectors = CrashOptions { unit_bytes: 512, ..CrashOptions::default() };
     for point in log.crash_points(start, sectors) {
@@ -139,23 +141,9 @@ fn judge_torn_blocks(court: &mut Court<'_>, start: &SnapshotDevice, log: &WriteL
         for (index, set) in sets.iter().rev().take(TORN_SETS).enumerate() {
             let cut = format!("sectors:{}:{index}", point.index);
             let kernel = (point.index + index).is_multiple_of(KERNEL_SHARE);
-            let set = with_whole_superblock(&point, set);
-            court.judge(cut, point.time, &point.state(&set), kernel);
+            court.judge(cut, point.time, &point.state(set), kernel);
         }
     }
-}
-
-/// The same set, but each write of the superblock's second half goes with its first.
-fn with_whole_superblock(point: &CrashPoint, set: &UnitSet) -> UnitSet {
-    let first_half = SUPERBLOCK_OFFSET / SECTOR_SIZE;
-    let mut has_first = false;
-    let chosen = point.units().iter().enumerate().map(|(index, unit)| {
-        if unit.sector.0 == first_half {
-            has_first = set.contains(index);
-        }
-        if unit.sector.0 == first_half + 1 { has_first } else { set.contains(index) }
-    });
-    UnitSet::from_bools(chosen.collect())
 }
 
 fn judge_prefixes(

@@ -11,7 +11,7 @@ use uext_blockdev::BlockDevice;
 use uext_blockdev::dm::SnapshotDevice;
 use uext_ext4::Ext4;
 use uext_ondisk::features::RoCompat;
-use uext_ondisk::superblock::Superblock;
+use uext_ondisk::superblock::{SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, Superblock};
 use uext_tools::fsck;
 use uext_vfs::{FileHandle, FileSystem, WriteFlags};
 
@@ -120,6 +120,13 @@ impl Kernel {
         drop(self.put(disk));
         clean(&self.path(), "after mount and unmount")
     }
+}
+
+/// Whether the primary superblock fits no checksum, being half of one write and half of another.
+pub fn superblock_is_torn(disk: &SnapshotDevice) -> bool {
+    let device: &dyn BlockDevice = disk;
+    let bytes = device.read_at(SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE).expect("a snapshot can be read");
+    Superblock::parse_torn(&bytes).is_some()
 }
 
 fn has_orphans(file: &File) -> bool {

@@ -14,12 +14,23 @@ use crate::options::MountOptions;
 pub enum MountError {
     /// There is no superblock to read.
     #[error(
-        "no ext2, ext3 or ext4 filesystem found: {0}; if it should be one, try `e2fsck -b 32768` or `-o sb=131072`"
+        "no ext2, ext3 or ext4 filesystem found: {corrupt}{}",
+        if hint.is_empty() { "; if there was one, try `e2fsck -b 32768`" } else { hint }
     )]
-    NoSuperblock(Corrupt),
+    NoSuperblock {
+        /// What is there.
+        corrupt: Corrupt,
+        /// Where a backup lies, when there is one.
+        hint: String,
+    },
     /// The superblock is damaged.
-    #[error("{0}; run e2fsck")]
-    BadSuperblock(Corrupt),
+    #[error("{corrupt}{}", if hint.is_empty() { "; run e2fsck" } else { hint })]
+    BadSuperblock {
+        /// What is wrong.
+        corrupt: Corrupt,
+        /// Where a backup lies, when there is one.
+        hint: String,
+    },
     /// The image is shorter than the filesystem in it.
     #[error("the image is truncated: {have} bytes of {need}; restore it, or run e2fsck on a copy")]
     Truncated {

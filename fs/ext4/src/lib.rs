@@ -60,6 +60,7 @@ mod namei;
 mod orphan;
 mod readdir;
 mod rename;
+mod super_source;
 mod symlink;
 mod system_zone;
 mod truncate;

@@ -1,6 +1,6 @@
 //! Mounting and unmounting.
 //!
-//! Order at mount: superblock, gate, journal replay, superblock and gate again
+//! Order at mount: superblock (see `super_source`), gate, journal replay, superblock and gate again
 //! (a replay may change both), groups, journal, and when writing is allowed the
 //! mark that the image is in use, then the orphans. Order at unmount: data, inodes,
 //! journal, superblock; the mark goes last, when everything else is on the disk.
@@ -11,11 +11,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::Mutex;
 use uext_blockdev::BlockDevice;
 use uext_blockdev::dm::snapshot::SnapshotDevice;
-use uext_jbd2::{Journal, JournalConfig, JournalLocation, OnDamage, Recovery, RecoveryReport};
+use uext_jbd2::{
+    Journal, JournalConfig, JournalLocation, JournalMap, OnDamage, Recovery, RecoveryReport,
+};
 use uext_ondisk::InodeNumber;
-use uext_ondisk::error::CorruptKind;
 use uext_ondisk::features::{Compat, Incompat};
-use uext_ondisk::superblock::{SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, State, Superblock};
+use uext_ondisk::superblock::{State, Superblock};
 use uext_pagecache::{BufferCache, CacheConfig, PageCache};
 use uext_vfs::Timestamp;
 
@@ -28,6 +29,7 @@ use crate::journal_inode::journal_map;
 use crate::options::{DataMode, MountOptions};
 use crate::orphan::OrphanList;
 use crate::readdir::Ties;
+use crate::super_source::{self, Found, Origin};
 use crate::system_zone::SystemZone;
 
 type Device = Arc<dyn BlockDevice>;
@@ -54,10 +56,10 @@ impl Ext4 {
         if dev.limits().read_only && !options.read_only {
             return Err(MountError::ReadOnlyOnly("the device cannot be written".into()));
         }
-        let sb = read_super(dev.as_ref(), &options)?;
-        let verdict = gate::check(&sb, &options)?;
-        let dev = recover(dev, name, &sb, &options, verdict.read_only)?;
-        let sb = read_super(dev.as_ref(), &options)?;
+        let found = super_source::find(dev.as_ref(), &options)?;
+        let verdict = gate::check(&found.sb, &options)?;
+        let dev = recover(dev, name, &found, &options, verdict.read_only)?;
+        let sb = super_source::read_primary(dev.as_ref())?;
         let verdict = gate::check(&sb, &options)?;
         if let Some(reason) = &verdict.reason {
             log::warn!("{name}: mounted read-only: {reason}");
@@ -229,83 +231,60 @@ impl Ext4 {
     }
 }
 
-/// Reads and checks the superblock.
-fn read_super(
-    dev: &dyn BlockDevice,
-    options: &MountOptions,
-) -> std::result::Result<Superblock, MountError> {
-    let offset = options.sb_block.map_or(Some(SUPERBLOCK_OFFSET), |kib| kib.checked_mul(1024));
-    let bytes = offset
-        .and_then(|offset| dev.read_at(offset, SUPERBLOCK_SIZE).ok())
-        .ok_or(MountError::Truncated { have: dev.size(), need: SUPERBLOCK_OFFSET + 1024 })?;
-    let sb = Superblock::parse(&bytes).map_err(|corrupt| match corrupt.kind {
-        CorruptKind::Magic => MountError::NoSuperblock(corrupt),
-        _ => MountError::BadSuperblock(corrupt),
-    })?;
-    let need = sb.blocks_count().saturating_mul(u64::from(sb.block_size()));
-    if need > dev.size() {
-        return Err(MountError::Truncated { have: dev.size(), need });
-    }
-    Ok(sb)
-}
-
-/// Replays the journal when the superblock says so: onto the device, or on a read-only mount
-/// into memory, so that the image stays as it is.
+/// Replays the journal when the superblock says so, or when it cannot be believed the journal's
+/// own; then makes the primary superblock whole. Onto the device, or on a read-only mount into
+/// memory, so that the image stays as it is.
 fn recover(
     dev: Device,
     name: &str,
-    sb: &Superblock,
+    found: &Found,
     options: &MountOptions,
     read_only: bool,
 ) -> std::result::Result<Device, MountError> {
+    let sb = &found.sb;
     let features = sb.features();
-    if !features.compat.contains(Compat::HAS_JOURNAL) {
-        return Ok(dev);
-    }
-    let Some(ino) = sb.journal_inum() else {
+    let has_journal = features.compat.contains(Compat::HAS_JOURNAL);
+    if has_journal && sb.journal_inum().is_none() {
         return Err(MountError::Unsupported {
             features: "external journal".into(),
             advice: "mount it with the kernel's ext4",
         });
-    };
-    if !features.incompat.contains(Incompat::RECOVER) {
+    }
+    let whole = found.origin == Origin::Primary;
+    let flagged = has_journal && features.incompat.contains(Incompat::RECOVER);
+    if whole && !flagged {
         return Ok(dev);
     }
     if options.norecovery {
         log::warn!("{name}: journal not replayed (norecovery): what you see may be inconsistent");
-        return Ok(dev);
+        if whole {
+            return Ok(dev);
+        }
     }
-    let map = journal_map(dev.as_ref(), sb, ino)?;
-    let target: Device = if read_only { SnapshotDevice::over_device(dev.clone()) } else { dev };
-    let report = {
-        let journal =
-            JournalLocation { device: target.as_ref(), map: &map, block_size: sb.block_size() };
-        Recovery::open(journal, target.as_ref())?.replay(OnDamage::Keep)?
+    let target: Device =
+        if read_only { SnapshotDevice::over_device(dev.clone()) } else { dev.clone() };
+    let report = if has_journal && !options.norecovery {
+        let map = journal_map(dev.as_ref(), sb, sb.journal_inum().unwrap_or(InodeNumber::JOURNAL))?;
+        Some(replay(target.as_ref(), name, &map, sb.block_size())?)
+    } else {
+        None
     };
-    after_replay(target.as_ref(), name, options, &report)?;
+    super_source::mend(target.as_ref(), name, found, report.as_ref())?;
     Ok(target)
 }
 
-/// Clears the superblock's mark: the journal is empty now. What the replay wrote stays.
-fn after_replay(
-    dev: &dyn BlockDevice,
+fn replay(
+    target: &dyn BlockDevice,
     name: &str,
-    options: &MountOptions,
-    report: &RecoveryReport,
-) -> std::result::Result<(), MountError> {
+    map: &JournalMap,
+    block_size: u32,
+) -> std::result::Result<RecoveryReport, MountError> {
+    let journal = JournalLocation { device: target, map, block_size };
+    let report = Recovery::open(journal, target)?.replay(OnDamage::Keep)?;
     log::info!(
         "{name}: journal replayed: {} transactions, {} blocks",
         report.transactions,
         report.blocks_replayed
     );
-    let mut sb = read_super(dev, options)?;
-    sb.set_needs_recovery(false);
-    if report.errno != 0 {
-        // The journal was aborted: the kernel's ext4 and fsck both keep this as an error.
-        let state = sb.state() | State::ERROR;
-        sb.set_state(state);
-    }
-    let flags = uext_blockdev::BioFlags::FUA | uext_blockdev::BioFlags::META;
-    dev.write_at(SUPERBLOCK_OFFSET, sb.sealed_bytes(), flags).map_err(Error::from)?;
-    Ok(())
+    Ok(report)
 }

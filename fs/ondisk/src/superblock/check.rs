@@ -76,7 +76,7 @@ fn bad(detail: String) -> Corrupt {
     Corrupt::value(WHAT, detail)
 }
 
-fn check_magic(raw: &RawSuperblock) -> Result<()> {
+pub(super) fn check_magic(raw: &RawSuperblock) -> Result<()> {
     if raw.s_magic.get() == MAGIC {
         return Ok(());
     }
@@ -84,7 +84,7 @@ fn check_magic(raw: &RawSuperblock) -> Result<()> {
     Err(Corrupt::new(CorruptKind::Magic, WHAT, detail))
 }
 
-fn check_checksum(raw: &RawSuperblock) -> Result<()> {
+pub(super) fn check_checksum(raw: &RawSuperblock) -> Result<()> {
     let features = Features::from_bits(0, 0, raw.s_feature_ro_compat.get());
     if !features.metadata_csum() {
         return Ok(());

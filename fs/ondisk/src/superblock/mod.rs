@@ -16,6 +16,7 @@ mod check;
 mod raw;
 #[cfg(test)]
 mod tests;
+mod torn;
 
 use bitflags::bitflags;
 use zerocopy::IntoBytes;
