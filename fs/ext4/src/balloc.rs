@@ -20,6 +20,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, MutexGuard};
 use uext_jbd2::{Handle, Tid, tid_geq};
 use uext_ondisk::bitmap::{self, BitRun};
+use uext_ondisk::features::Incompat;
 use uext_ondisk::group_desc::{GroupDesc, GroupFlags};
 use uext_ondisk::{Corrupt, FsBlock, GroupNumber};
 use uext_vfs::Errno;
@@ -78,6 +79,26 @@ impl Ext4 {
     /// `ENOSPC`, after waiting for a commit when that can free blocks.
     pub(crate) fn reserve(&self, count: u64, privileged: bool) -> Result<()> {
         let keep = if privileged { 0 } else { self.root_reserve() };
+        self.reserve_beyond(keep + self.node_pool(), count)
+    }
+
+    /// Promises blocks for mapping nodes of data whose own place was allocated before: these
+    /// may come from the pool, so that allocated space can always be written.
+    ///
+    /// # Errors
+    /// As for [`Ext4::reserve`].
+    pub(crate) fn reserve_nodes(&self, count: u64) -> Result<()> {
+        self.reserve_beyond(0, count)
+    }
+
+    /// Blocks kept for mapping nodes (the kernel's `s_resv_clusters`): a fiftieth of the
+    /// filesystem, at most 4096, where there are extents.
+    pub(crate) fn node_pool(&self) -> u64 {
+        let has_extents = self.sb.features().incompat.contains(Incompat::EXTENTS);
+        if has_extents { (self.sb.blocks_count() / 50).min(4096) } else { 0 }
+    }
+
+    fn reserve_beyond(&self, keep: u64, count: u64) -> Result<()> {
         for attempt in 0..3 {
             let pending = {
                 let mut space = self.space.lock();
@@ -330,9 +351,21 @@ impl Ext4 {
     /// # Errors
     /// `ENOSPC`; nothing is changed then.
     pub(crate) fn new_meta_block(&self, handle: &Handle, goal: FsBlock) -> Result<FsBlock> {
+        self.new_block_beyond(self.node_pool(), handle, goal)
+    }
+
+    /// Allocates one block for a mapping node, from the pool when nothing else is left.
+    ///
+    /// # Errors
+    /// `ENOSPC`; nothing is changed then.
+    pub(crate) fn new_node_block(&self, handle: &Handle, goal: FsBlock) -> Result<FsBlock> {
+        self.new_block_beyond(0, handle, goal)
+    }
+
+    fn new_block_beyond(&self, keep: u64, handle: &Handle, goal: FsBlock) -> Result<FsBlock> {
         {
             let mut space = self.space.lock();
-            if space.free.saturating_sub(space.reserved) == 0 {
+            if space.free.saturating_sub(space.reserved) <= keep {
                 return Err(Errno::ENOSPC.into());
             }
             space.reserved += 1;

@@ -7,6 +7,9 @@
 /// descriptor for every node and for the data, and the inode.
 pub const MAP_BLOCKS: u32 = 5 * 2 + 1 + 2 * (5 + 1) + 1;
 
+/// As [`MAP_BLOCKS`], where one extent becomes three and a leaf is split twice for them.
+pub const CONVERT: u32 = MAP_BLOCKS + 1 + 2;
+
 /// The superblock, when the orphan list changes, and the neighbour inode on it.
 pub const ORPHAN: u32 = 2;
 
@@ -40,3 +43,6 @@ pub const RENAME: u32 = ADD_ENTRY + 2 * DEL_ENTRY + 4 * SETATTR + 2 * ORPHAN + 1
 
 /// A step of truncation; longer ones extend or restart their handle.
 pub const TRUNCATE: u32 = 5 * 2 + 2 * 8 + SETATTR + ORPHAN;
+
+/// A step of a hole, which may leave two parts of an extent.
+pub const PUNCH: u32 = TRUNCATE + CONVERT;

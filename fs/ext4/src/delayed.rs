@@ -6,7 +6,8 @@
 //!
 //! Invariants:
 //! - `Space::reserved` is the sum over all inodes of `blocks + nodes`, but for blocks that
-//!   writeback has claimed.
+//!   writeback has claimed, and of what fallocate(2) holds for itself.
+//! - A dirty block over an unwritten one is counted too: its conversion may split extents.
 //! - A delayed block is mapped by nobody else: only writeback, under `Inode::writeback`,
 //!   turns it into a mapped one, and it takes it out after that.
 //!
@@ -38,22 +39,20 @@ pub(crate) struct FileData {
     pub reported: Mutex<ErrSeqMark>,
 }
 
-/// Blocks of a file that are delayed.
+/// Blocks of a file, as ranges.
 #[derive(Default)]
-pub(crate) struct Delayed {
+pub(crate) struct RangeSet {
     /// First block to end, disjoint and not adjacent.
     ranges: BTreeMap<u32, u32>,
     /// Blocks in `ranges`.
     blocks: u64,
-    /// Blocks reserved for mapping nodes.
-    nodes: u64,
     /// Block size when the file is block-mapped, else 0.
     map_block_size: u32,
     /// Pointer blocks the ranges of a block-mapped file can need, each for itself.
     map_cost: u64,
 }
 
-impl Delayed {
+impl RangeSet {
     fn cost(&self, from: u32, end: u32) -> u64 {
         match self.map_block_size {
             0 => 0,
@@ -72,13 +71,13 @@ impl Delayed {
         Some(end)
     }
 
-    /// The end of the delayed range that holds the block.
+    /// The end of the range that holds the block.
     pub fn end_of(&self, logical: u32) -> Option<u32> {
         let (_, &end) = self.ranges.range(..=logical).next_back()?;
         (logical < end).then_some(end)
     }
 
-    /// The first delayed block at or after `logical`.
+    /// The first block at or after `logical`.
     pub fn next(&self, logical: u32) -> Option<u32> {
         if self.end_of(logical).is_some() {
             return Some(logical);
@@ -86,17 +85,7 @@ impl Delayed {
         self.ranges.range(logical..).next().map(|(&first, _)| first)
     }
 
-    /// Blocks reserved for mapping nodes.
-    pub fn nodes(&self) -> u64 {
-        self.nodes
-    }
-
-    /// Whether nothing is reserved.
-    pub fn is_empty(&self) -> bool {
-        self.blocks == 0 && self.nodes == 0
-    }
-
-    /// Adds a range of which nothing is delayed.
+    /// Adds a range of which nothing is there.
     fn insert(&mut self, from: u32, end: u32) {
         debug_assert!(from < end && self.next(from).is_none_or(|next| next >= end));
         self.blocks += u64::from(end - from);
@@ -107,9 +96,12 @@ impl Delayed {
         self.put(first, end);
     }
 
-    /// Takes out what is delayed of a range; how many blocks that were.
+    /// Takes out what is there of a range; how many blocks that were.
     fn remove(&mut self, from: u32, end: u32) -> u64 {
         let mut gone = 0;
+        if from >= end {
+            return gone;
+        }
         if let Some((&first, &last)) = self.ranges.range(..from).next_back()
             && last > from
         {
@@ -128,15 +120,85 @@ impl Delayed {
         self.blocks -= gone;
         gone
     }
+}
+
+/// Blocks that are about to be dirtied and have no reservation yet: disjoint ranges, rising.
+#[derive(Default)]
+pub(crate) struct Fresh {
+    /// Neither mapped nor delayed.
+    pub holes: Vec<(u32, u32)>,
+    /// Mapped but unwritten: making them written may split extents.
+    pub unwritten: Vec<(u32, u32)>,
+}
+
+impl Fresh {
+    /// Adds a range behind those that are there.
+    pub fn push(&mut self, unwritten: bool, from: u32, end: u32) {
+        let ranges = if unwritten { &mut self.unwritten } else { &mut self.holes };
+        match ranges.last_mut() {
+            Some((_, last)) if *last == from => *last = end,
+            _ => ranges.push((from, end)),
+        }
+    }
+
+    fn count(ranges: &[(u32, u32)]) -> u64 {
+        ranges.iter().map(|(from, end)| u64::from(end - from)).sum()
+    }
+}
+
+/// Dirty blocks of a file for which space is reserved.
+#[derive(Default)]
+pub(crate) struct Delayed {
+    /// Without a place.
+    holes: RangeSet,
+    /// Over unwritten blocks; each may add two extents when it is made written.
+    unwritten: RangeSet,
+    /// Blocks reserved for mapping nodes.
+    nodes: u64,
+}
+
+impl Delayed {
+    /// The end of the delayed range that holds the block.
+    pub fn end_of(&self, logical: u32) -> Option<u32> {
+        self.holes.end_of(logical)
+    }
+
+    /// The first delayed block at or after `logical`.
+    pub fn next(&self, logical: u32) -> Option<u32> {
+        self.holes.next(logical)
+    }
+
+    /// Dirty blocks over unwritten ones.
+    pub fn unwritten(&self) -> &RangeSet {
+        &self.unwritten
+    }
+
+    /// Blocks reserved for mapping nodes.
+    pub fn nodes(&self) -> u64 {
+        self.nodes
+    }
+
+    /// Whether nothing is reserved.
+    pub fn is_empty(&self) -> bool {
+        self.holes.blocks == 0 && self.nodes == 0
+    }
+
+    /// Takes out what is there of a range; how many delayed blocks that were.
+    fn remove(&mut self, from: u32, end: u32) -> u64 {
+        self.unwritten.remove(from, end);
+        self.holes.remove(from, end)
+    }
 
     /// Most mapping blocks that the delayed blocks and `more` can need.
-    fn nodes_needed(&self, shape: Shape, block_size: u32, more: &[(u32, u32)]) -> u64 {
+    fn nodes_needed(&self, shape: Shape, block_size: u32, more: &Fresh) -> u64 {
         let Shape::Extents { depth, root_len } = shape else {
             let cost = |&(from, end): &(u32, u32)| indirect::nodes_needed(from, end, block_size);
-            return self.map_cost + more.iter().map(cost).sum::<u64>();
+            return self.holes.map_cost + more.holes.iter().map(cost).sum::<u64>();
         };
-        let more: u64 = more.iter().map(|(from, end)| u64::from(end - from)).sum();
-        extents::nodes_needed(self.blocks + more, depth, root_len, block_size)
+        let extents = self.holes.blocks
+            + Fresh::count(&more.holes)
+            + 2 * (self.unwritten.blocks + Fresh::count(&more.unwritten));
+        extents::nodes_needed(extents, depth, root_len, block_size)
     }
 }
 
@@ -157,37 +219,50 @@ impl Ext4 {
         Ok(Shape::Extents { depth, root_len })
     }
 
-    /// Reserves space for blocks that are about to be dirtied. `ranges` are disjoint, rising,
-    /// and hold neither delayed nor mapped blocks; the caller holds `Inode::rwsem` exclusively.
+    /// Reserves space for blocks that are about to be dirtied; the caller holds `Inode::rwsem`
+    /// exclusively.
     ///
     /// # Errors
     /// `ENOSPC`; nothing is changed then.
     pub(crate) fn delay_blocks(
         &self,
         inode: &Inode,
-        ranges: &[(u32, u32)],
+        fresh: &Fresh,
         privileged: bool,
     ) -> Result<()> {
-        if ranges.is_empty() {
+        if fresh.holes.is_empty() && fresh.unwritten.is_empty() {
             return Ok(());
         }
         let shape = self.map_shape(inode)?;
-        let count: u64 = ranges.iter().map(|(from, end)| u64::from(end - from)).sum();
         // Only writeback changes it meanwhile, and that takes blocks out.
         let more_nodes = {
             let mut delayed = inode.data.delayed.lock();
             if matches!(shape, Shape::BlockMap) {
-                delayed.map_block_size = self.block_size();
+                delayed.holes.map_block_size = self.block_size();
             }
-            let needed = delayed.nodes_needed(shape, self.block_size(), ranges);
+            let needed = delayed.nodes_needed(shape, self.block_size(), fresh);
             needed.saturating_sub(delayed.nodes)
         };
-        self.reserve(count + more_nodes, privileged)?;
+        match Fresh::count(&fresh.holes) {
+            0 => self.reserve_nodes(more_nodes)?,
+            count => self.reserve(count + more_nodes, privileged)?,
+        }
         let mut delayed = inode.data.delayed.lock();
-        ranges.iter().for_each(|&(from, end)| delayed.insert(from, end));
+        fresh.holes.iter().for_each(|&(from, end)| delayed.holes.insert(from, end));
+        fresh.unwritten.iter().for_each(|&(from, end)| delayed.unwritten.insert(from, end));
         delayed.nodes += more_nodes;
         publish(inode, &delayed);
         Ok(())
+    }
+
+    /// Most mapping blocks that mapping `count` single blocks can need.
+    pub(crate) fn nodes_for(&self, inode: &Inode, count: u64) -> Result<u64> {
+        Ok(match self.map_shape(inode)? {
+            Shape::Extents { depth, root_len } => {
+                extents::nodes_needed(count, depth, root_len, self.block_size())
+            }
+            Shape::BlockMap => count,
+        })
     }
 
     /// Drops what is delayed of a range, and its reservation.
@@ -213,7 +288,8 @@ impl Ext4 {
         let shape = self.map_shape(inode);
         let mut delayed = inode.data.delayed.lock();
         // A damaged root needs no nodes: nothing can be mapped.
-        let needed = shape.map_or(0, |shape| delayed.nodes_needed(shape, self.block_size(), &[]));
+        let needed = shape
+            .map_or(0, |shape| delayed.nodes_needed(shape, self.block_size(), &Fresh::default()));
         let excess = delayed.nodes.saturating_sub(needed);
         delayed.nodes -= excess;
         publish(inode, &delayed);
@@ -236,8 +312,8 @@ impl Ext4 {
 /// Shows the counts to stat(2).
 fn publish(inode: &Inode, delayed: &Delayed) {
     // Relaxed: statistics.
-    inode.delayed.store(delayed.blocks, Ordering::Relaxed);
-    inode.reserved.store(delayed.blocks + delayed.nodes, Ordering::Relaxed);
+    inode.delayed.store(delayed.holes.blocks, Ordering::Relaxed);
+    inode.reserved.store(delayed.holes.blocks + delayed.nodes, Ordering::Relaxed);
 }
 
 #[cfg(test)]
@@ -249,7 +325,7 @@ mod tests {
     proptest! {
         #[test]
         fn ranges_hold_what_a_set_of_blocks_holds(ops in prop::collection::vec((0u32..200, 1u32..40, any::<bool>()), 1..80)) {
-            let mut delayed = Delayed::default();
+            let mut delayed = RangeSet::default();
             let mut model = BTreeSet::new();
             for (from, len, add) in ops {
                 let end = from + len;

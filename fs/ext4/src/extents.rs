@@ -11,7 +11,9 @@
 //!
 //! Locks: `Inode::map`, shared to look, exclusive to change.
 
-use uext_ondisk::extent::{Extent, ExtentIndex, ExtentNode, MAX_DEPTH, MAX_WRITTEN_LEN, capacity};
+use uext_ondisk::extent::{
+    Extent, ExtentIndex, ExtentNode, MAX_DEPTH, MAX_UNWRITTEN_LEN, MAX_WRITTEN_LEN, capacity,
+};
 use uext_ondisk::{Corrupt, FsBlock, LogicalBlock};
 
 use crate::error::Result;
@@ -177,7 +179,7 @@ pub(crate) fn insert(io: &impl MapIo, extent: Extent) -> Result<()> {
         return Err(io.place(corrupt, None));
     }
     if merge(path.leaf(), extent) {
-        return path.store_leaf(io);
+        return store_merged(io, path);
     }
     let mut path = make_room(io, extent.logical.0, 1)?;
     let Level { node, at, .. } = path.leaf();
@@ -192,6 +194,23 @@ fn expect_room(
     result: std::result::Result<(), uext_ondisk::extent::NodeFull>,
 ) -> Result<()> {
     result.map_err(|_| io.place(Corrupt::value("extent tree", "a node did not split"), None))
+}
+
+/// Writes a leaf whose extents may have become fewer. When the root can hold them all they
+/// move there, and the leaf is freed.
+fn store_merged(io: &impl MapIo, mut path: Path) -> Result<()> {
+    let lone = path.depth() == 1 && path.levels[0].node.len() == 1;
+    if !lone || path.leaf().node.len() > capacity(ROOT_SIZE) {
+        return path.store_leaf(io);
+    }
+    let Some(Level { block: Some(block), node, .. }) = path.levels.pop() else {
+        return Err(io.place(Corrupt::value("extent tree", "a leaf without a place"), None));
+    };
+    let mut root = ExtentNode::init(vec![0; ROOT_SIZE], 0);
+    expect_room(io, root.append(&node, 0))?;
+    path.levels[0].node = root;
+    path.store(io, 0)?;
+    io.free_node(block)
 }
 
 /// Adds the extent to its neighbours in the leaf when it continues them.
@@ -301,13 +320,41 @@ pub(crate) fn mark_written(io: &impl MapIo, logical: u32, end: u32) -> Result<()
     Ok(())
 }
 
-/// Splits an unwritten extent into what stays so and what `from..to` made written.
+/// Makes the first written extent of a range unwritten, as far as it lies in it and one extent
+/// can hold. Returns where the rest of the range begins, `None` when nothing is left.
+///
+/// # Errors
+/// `ENOSPC` for a node that could not be allocated; nothing is changed then.
+pub(crate) fn unwrite_step(io: &impl MapIo, from: u32, end: u32) -> Result<Option<u32>> {
+    let mut at = from;
+    while at < end {
+        let mut path = Path::find(io, at)?;
+        let limit = path.limit;
+        let Level { node, at: pos, .. } = path.leaf();
+        let found = pos.checked_sub(1).and_then(|p| node.extent(p));
+        let Some(extent) = found.filter(|e| e.contains(LogicalBlock(at))) else {
+            at = node.logical(*pos).map_or(limit, |next| next.0).max(at + 1);
+            continue;
+        };
+        let stop = end.min(u32::try_from(extent.end()).unwrap_or(MAX_BLOCKS));
+        if !extent.unwritten {
+            let stop = stop.min(at + MAX_UNWRITTEN_LEN);
+            convert(io, extent, at, stop)?;
+            return Ok((stop < end).then_some(stop));
+        }
+        at = stop;
+    }
+    Ok(None)
+}
+
+/// Splits an extent into what stays as it is and what of it, `from..to`, becomes the other:
+/// written or unwritten.
 fn convert(io: &impl MapIo, extent: Extent, from: u32, to: u32) -> Result<()> {
-    let part = |from: u32, to: u32, unwritten| Extent {
+    let part = |from: u32, to: u32, changed: bool| Extent {
         logical: LogicalBlock(from),
         len: to - from,
         start: extent.start + u64::from(from - extent.logical.0),
-        unwritten,
+        unwritten: extent.unwritten != changed,
     };
     let end = u32::try_from(extent.end()).unwrap_or(MAX_BLOCKS);
     let first = extent.logical.0;
@@ -319,19 +366,19 @@ fn convert(io: &impl MapIo, extent: Extent, from: u32, to: u32) -> Result<()> {
     };
     leaf.node.remove(at..at + 1);
     leaf.at = at;
-    for (from, to, unwritten) in [(first, from, true), (from, to, false), (to, end, true)] {
+    for (from, to, changed) in [(first, from, false), (from, to, true), (to, end, false)] {
         if from == to {
             continue;
         }
         // Each joins what is before it in place, so there is always room.
-        let extent = part(from, to, unwritten);
+        let extent = part(from, to, changed);
         if !merge(leaf, extent) {
             let at = leaf.at;
             expect_room(io, leaf.node.insert_extent(at, extent))?;
             leaf.at += 1;
         }
     }
-    path.store_leaf(io)
+    store_merged(io, path)
 }
 
 /// Most mapping blocks that mapping `count` single blocks anywhere can need, in a tree of this

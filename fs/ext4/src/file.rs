@@ -20,6 +20,7 @@ use uext_ondisk::inode::InodeFlags;
 use uext_pagecache::{Folio, FolioWriteGuard, PAGE_SIZE};
 use uext_vfs::{Context, Errno, FileKind, ReadReply, ReadSegment, WriteFlags};
 
+use crate::delayed::Fresh;
 use crate::error::{Error, Result};
 use crate::fs::Ext4;
 use crate::inode::Inode;
@@ -412,7 +413,10 @@ impl Ext4 {
             let len = (data.len() - done).min(PAGE_SIZE - (at % PAGE) as usize);
             if let Err(error) = self.write_page(inode, at, &data[done..done + len]) {
                 let failed = self.block_at(at);
-                for &(from, to) in fresh.iter().filter(|(_, to)| *to > failed) {
+                let unwritten = fresh.unwritten.iter();
+                for &(from, to) in
+                    fresh.holes.iter().chain(unwritten).filter(|(_, to)| *to > failed)
+                {
                     self.drop_delayed(inode, from.max(failed), to);
                 }
                 return Err(error);
@@ -422,32 +426,35 @@ impl Ext4 {
         Ok(())
     }
 
-    /// Ranges of blocks that have no place on the disk and no reservation.
-    fn unmapped_ranges(&self, inode: &Inode, from: u32, end: u32) -> Result<Vec<(u32, u32)>> {
-        let mut ranges: Vec<(u32, u32)> = Vec::new();
+    /// Ranges of blocks whose writing needs space that is not reserved.
+    pub(crate) fn unmapped_ranges(&self, inode: &Inode, from: u32, end: u32) -> Result<Fresh> {
+        let mut fresh = Fresh::default();
         let mut at = from;
         while at < end {
             // First whether it is delayed, then whether it is mapped: writeback maps a block
             // before it takes the reservation out, so it is seen as one of the two.
-            let (delayed_end, next_delayed) = {
+            let (delayed_end, next_delayed, converting) = {
                 let delayed = inode.data.delayed.lock();
-                (delayed.end_of(at), delayed.next(at).unwrap_or(end))
+                let unwritten = delayed.unwritten();
+                let converting = match unwritten.end_of(at) {
+                    Some(stop) => (true, stop),
+                    None => (false, unwritten.next(at).unwrap_or(end)),
+                };
+                (delayed.end_of(at), delayed.next(at).unwrap_or(end), converting)
             };
-            if let Some(delayed_end) = delayed_end {
-                at = delayed_end;
+            let known_end = delayed_end.or(converting.0.then_some(converting.1));
+            if let Some(known_end) = known_end {
+                at = known_end;
                 continue;
             }
-            let most = next_delayed.min(end) - at;
+            let most = next_delayed.min(converting.1).min(end) - at;
             let mapping = self.map_lookup(inode, LogicalBlock(at), most)?;
-            if mapping.start.is_none() {
-                match ranges.last_mut() {
-                    Some((_, last)) if *last == at => *last = at + mapping.len,
-                    _ => ranges.push((at, at + mapping.len)),
-                }
+            if mapping.start.is_none() || mapping.unwritten {
+                fresh.push(mapping.unwritten, at, at + mapping.len);
             }
             at += mapping.len;
         }
-        Ok(ranges)
+        Ok(fresh)
     }
 
     /// Copies into one page and marks its blocks dirty.
@@ -494,24 +501,29 @@ impl Ext4 {
     /// Zeroes the tail of the block that holds the end of the file, before the file grows over it:
     /// what wrote the image may have left something there.
     pub(crate) fn zero_tail(&self, inode: &Inode, size: u64) -> Result<()> {
-        let block_size = u64::from(self.block_size());
-        if size.is_multiple_of(block_size) {
+        self.zero_bytes(inode, size..size.next_multiple_of(u64::from(self.block_size())))
+    }
+
+    /// Zeroes bytes of one block, if they are there.
+    pub(crate) fn zero_bytes(&self, inode: &Inode, bytes: std::ops::Range<u64>) -> Result<()> {
+        if bytes.is_empty() {
             return Ok(());
         }
-        let logical = self.block_at(size);
+        let logical = self.block_at(bytes.start);
         let is_delayed = inode.data.delayed.lock().end_of(logical).is_some();
         if !is_delayed && self.map_lookup(inode, LogicalBlock(logical), 1)?.start.is_none() {
             return Ok(());
         }
         loop {
-            let mut guard = self.lock_page(inode, size / PAGE)?;
-            let start = (size % PAGE) as usize;
-            let tail = start..start.next_multiple_of(block_size as usize);
-            if guard[tail.clone()].iter().all(|&byte| byte == 0) {
+            let mut guard = self.lock_page(inode, bytes.start / PAGE)?;
+            let start = (bytes.start % PAGE) as usize;
+            // Within one block, and so within the page.
+            let range = start..start + (bytes.end - bytes.start) as usize;
+            if guard[range.clone()].iter().all(|&byte| byte == 0) {
                 return Ok(());
             }
-            guard[tail.clone()].fill(0);
-            if guard.mark_dirty(self.block_mask(tail)) {
+            guard[range.clone()].fill(0);
+            if guard.mark_dirty(self.block_mask(range)) {
                 return Ok(());
             }
         }
@@ -570,18 +582,16 @@ impl Ext4 {
             return Ok((true, stop));
         }
         let mapping = self.map_lookup(inode, LogicalBlock(at), next.min(end) - at)?;
-        if !mapping.unwritten {
-            return Ok((mapping.start.is_some(), at + mapping.len));
-        }
-        // Unwritten blocks are data as soon as pages over them are dirty.
-        let per_page = (PAGE / u64::from(self.block_size())) as u32;
         let stop = at + mapping.len;
-        let pages = u64::from(at / per_page)..u64::from(stop.div_ceil(per_page));
-        let Some(dirty) = inode.mapping.dirty_folios(pages, 1).pop() else {
-            return Ok((false, stop));
-        };
-        let first = u32::try_from(dirty.index()).unwrap_or(u32::MAX).saturating_mul(per_page);
-        Ok(if first > at { (false, first) } else { (true, stop.min(first + per_page)) })
+        if !mapping.unwritten {
+            return Ok((mapping.start.is_some(), stop));
+        }
+        // Unwritten blocks are data as soon as they are dirty.
+        let delayed = inode.data.delayed.lock();
+        Ok(match delayed.unwritten().end_of(at) {
+            Some(end) => (true, end.min(stop)),
+            None => (false, delayed.unwritten().next(at).map_or(stop, |next| next.min(stop))),
+        })
     }
 }
 

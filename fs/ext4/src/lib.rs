@@ -42,6 +42,7 @@ mod delayed;
 mod dir;
 mod extents;
 mod extents_remove;
+mod fallocate;
 mod file;
 mod fs;
 mod fsync;

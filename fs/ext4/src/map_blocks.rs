@@ -13,6 +13,7 @@ use uext_ondisk::extent::{Extent, MAX_UNWRITTEN_LEN, MAX_WRITTEN_LEN};
 use uext_ondisk::features::RoCompat;
 use uext_ondisk::indirect::{max_block_map_file_size, max_extent_file_size};
 use uext_ondisk::{FsBlock, LogicalBlock};
+use uext_vfs::Errno;
 
 use crate::error::Result;
 use crate::fs::Ext4;
@@ -174,6 +175,21 @@ impl Ext4 {
         }
     }
 
+    /// Makes the first written blocks of a range unwritten, as much as one handle of
+    /// `credits::CONVERT` may; returns where the rest begins, `None` when nothing is left. The
+    /// caller marks the inode dirty.
+    pub(crate) fn unwrite_step(
+        &self,
+        handle: &Handle,
+        inode: &Inode,
+        from: u32,
+        end: u32,
+    ) -> Result<Option<u32>> {
+        let _map = inode.map.write();
+        inode.data.runs.forget(from, end);
+        extents::unwrite_step(&FsMapIo::writer(self, inode, handle, 0), from, end)
+    }
+
     /// The largest size a file of this mapping can have, bytes.
     pub(crate) fn max_file_size(&self, inode: &Inode) -> u64 {
         let features = self.sb.features();
@@ -200,16 +216,35 @@ pub(crate) fn map_run(
     start: FsBlock,
     len: u32,
 ) -> Result<()> {
+    map_run_as(io, inode, logical, Mapping { start: Some(start), len, unwritten: false })
+}
+
+/// [`map_run`] for blocks that read as zeroes until they are written; only in extents.
+pub(crate) fn map_unwritten(
+    io: &FsMapIo<'_>,
+    inode: &Inode,
+    logical: u32,
+    start: FsBlock,
+    len: u32,
+) -> Result<()> {
+    map_run_as(io, inode, logical, Mapping { start: Some(start), len, unwritten: true })
+}
+
+fn map_run_as(io: &FsMapIo<'_>, inode: &Inode, logical: u32, run: Mapping) -> Result<()> {
+    let Mapping { start, len, unwritten } = run;
+    let start = start.ok_or(Errno::EIO)?;
     inode.data.runs.forget(logical, logical.saturating_add(len));
     if io.is_extents() {
-        debug_assert!(len <= MAX_WRITTEN_LEN && MAX_UNWRITTEN_LEN < MAX_WRITTEN_LEN);
+        debug_assert!(len <= if unwritten { MAX_UNWRITTEN_LEN } else { MAX_WRITTEN_LEN });
         let logical = LogicalBlock(logical);
-        extents::insert(io, Extent { logical, len, start, unwritten: false })?;
+        extents::insert(io, Extent { logical, len, start, unwritten })?;
+    } else if unwritten {
+        return Err(Errno::EOPNOTSUPP.into());
     } else {
         indirect::insert(io, logical, start, len)?;
     }
     io.add_blocks(len);
-    inode.data.runs.put(logical, Mapping { start: Some(start), len, unwritten: false });
+    inode.data.runs.put(logical, run);
     Ok(())
 }
 

@@ -217,7 +217,7 @@ impl MapIo for FsMapIo<'_> {
             *reserved -= 1;
             block
         } else {
-            self.fs.new_meta_block(handle, goal)?
+            self.fs.new_node_block(handle, goal)?
         };
         self.add_blocks(1);
         Ok(block)

@@ -34,7 +34,8 @@ impl Ext4 {
         if size > old { self.extend(inode, old, size) } else { self.shrink(inode, size) }
     }
 
-    fn extend(&self, inode: &Inode, old: u64, size: u64) -> Result<()> {
+    /// Lets a file grow, by a hole or over blocks behind its end.
+    pub(crate) fn extend(&self, inode: &Inode, old: u64, size: u64) -> Result<()> {
         if size > self.max_file_size(inode) {
             return Err(Errno::EFBIG.into());
         }

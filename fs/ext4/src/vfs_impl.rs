@@ -144,7 +144,7 @@ impl Ext4 {
             bsize: self.block_size(),
             blocks: self.sb.blocks_count().saturating_sub(self.overhead),
             bfree,
-            bavail: bfree.saturating_sub(self.root_reserve()),
+            bavail: bfree.saturating_sub(self.root_reserve() + self.node_pool()),
             files: u64::from(self.sb.inodes_count()),
             ffree,
             namelen: 255,
@@ -355,6 +355,19 @@ impl FileSystem for Ext4 {
 
     fn removexattr(&self, ctx: &Context, ino: Ino, name: &[u8]) -> uext_vfs::Result<()> {
         self.edge(ino, self.inode(ino).and_then(|inode| self.remove_xattr(ctx, &inode, name)))
+    }
+
+    fn fallocate(
+        &self,
+        ctx: &Context,
+        ino: Ino,
+        offset: u64,
+        len: u64,
+        mode: i32,
+    ) -> uext_vfs::Result<()> {
+        let done =
+            self.inode(ino).and_then(|inode| self.file_allocate(ctx, &inode, offset, len, mode));
+        self.edge(ino, done)
     }
 
     fn lseek(&self, _ctx: &Context, ino: Ino, offset: u64, whence: i32) -> uext_vfs::Result<u64> {

@@ -383,7 +383,7 @@ impl Ext4 {
             } else {
                 indirect::nodes_needed(segment.logical, end, self.block_size())
             };
-            let more = credits::MAP_BLOCKS + u32::try_from(pointers).unwrap_or(u32::MAX / 2);
+            let more = credits::CONVERT + u32::try_from(pointers).unwrap_or(u32::MAX / 2);
             if count > 0 && credits + more > most {
                 break;
             }
@@ -409,8 +409,12 @@ impl Ext4 {
             match segment.place {
                 Place::Mapped(_) => {}
                 Place::Unwritten(start) => {
-                    let io = FsMapIo::writer(self, inode, handle, 0);
-                    if let Err(error) = map_written(&io, inode, logical, len) {
+                    let reserved = inode.data.delayed.lock().nodes();
+                    let io = FsMapIo::writer(self, inode, handle, reserved);
+                    let written = map_written(&io, inode, logical, len);
+                    let done = if written.is_ok() { logical + len } else { logical };
+                    self.settle_delayed(inode, logical, done, reserved - io.reserved_left());
+                    if let Err(error) = written {
                         group.push(Segment { logical, len, place: Place::Unwritten(start) });
                         return Err(error);
                     }

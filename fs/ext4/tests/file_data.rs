@@ -15,10 +15,15 @@ const FH: FileHandle = FileHandle(0);
 const USER: Context = Context { uid: 1000, gid: 1000, pid: 1, umask: 0 };
 const ROOT: Context = Context { uid: 0, gid: 0, pid: 1, umask: 0 };
 
+const KEEP_SIZE: i32 = libc::FALLOC_FL_KEEP_SIZE;
+const PUNCH_HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE;
+const ZERO_RANGE: i32 = libc::FALLOC_FL_ZERO_RANGE;
+
 struct Image {
     dev: Arc<MemoryDevice>,
     fs: Arc<Ext4>,
     ino: Ino,
+    block_mapped: bool,
 }
 
 impl Image {
@@ -35,7 +40,8 @@ impl Image {
         let dev = MemoryDevice::from_vec(std::fs::read(file.path()).unwrap());
         let fs = mount(&dev);
         let entry = fs.mknod(&ROOT, fs.root(), b"file", 0o100_644, 0).unwrap();
-        Self { dev, fs, ino: entry.attr.ino }
+        let block_mapped = !args.contains(&"ext4");
+        Self { dev, fs, ino: entry.attr.ino, block_mapped }
     }
 
     fn read(&self, offset: u64, len: usize) -> Vec<u8> {
@@ -110,7 +116,8 @@ fn run_model(args: &[&str], seed: u64) {
     let mut model: Vec<u8> = Vec::new();
     const MOST: u64 = 3 << 20;
     for step in 0..400u64 {
-        match random.next(100) {
+        match random.next(125) {
+            100..=124 => allocate_model(&image, &mut random, &mut model, step),
             0..=54 => {
                 let offset = random.next(MOST);
                 let len =
@@ -154,6 +161,29 @@ fn run_model(args: &[&str], seed: u64) {
     image.truncate(0);
     assert_eq!(image.fs.getattr(&ROOT, image.ino).unwrap().blocks, 0);
     image.unmount();
+}
+
+/// A random fallocate(2) within 3 MiB, also on the model.
+fn allocate_model(image: &Image, random: &mut Random, model: &mut Vec<u8>, step: u64) {
+    let modes = [0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE];
+    let mode = modes[random.next(modes.len() as u64) as usize];
+    let offset = random.next(3 << 20);
+    let most = if random.next(4) == 0 { 600_000 } else { 9000 };
+    let len = random.next(most) + 1;
+    let done = image.fs.fallocate(&ROOT, image.ino, offset, len, mode);
+    if done == Err(Errno::EOPNOTSUPP) {
+        assert!(image.block_mapped && mode & PUNCH_HOLE == 0, "step {step}: mode {mode}");
+        return;
+    }
+    assert_eq!(done, Ok(()), "step {step}: fallocate {offset} +{len} mode {mode}");
+    let (offset, end) = (offset as usize, (offset + len) as usize);
+    if mode & KEEP_SIZE == 0 && model.len() < end {
+        model.resize(end, 0);
+    }
+    if mode & (PUNCH_HOLE | ZERO_RANGE) != 0 && offset < model.len() {
+        let end = end.min(model.len());
+        model[offset..end].fill(0);
+    }
 }
 
 macro_rules! model_tests {
@@ -334,5 +364,61 @@ fn unwritten_extents_read_as_zeroes_and_are_converted_by_parts() {
     image.remount();
     assert!(image.read(0, 4 << 20) == model);
     image.truncate(0);
+    image.unmount();
+}
+
+/// Space that was allocated ahead is there when it is written, also when every second block is,
+/// which splits extents, and nothing else is free: what write(2) takes reaches the disk.
+#[test]
+fn preallocated_space_takes_its_data_on_a_full_disk() {
+    for block_size in ["1024", "4096"] {
+        let mut image = Image::new(&["-t", "ext4", "-m", "0", "-b", block_size], 16 * 1024);
+        let block: u64 = block_size.parse().unwrap();
+        let stat = || image.fs.statfs(&ROOT).unwrap();
+        let size = stat().bfree * block * 3 / 4;
+        image.fs.fallocate(&USER, image.ino, 0, size, 0).unwrap();
+        let filler = image.fs.mknod(&ROOT, image.fs.root(), b"filler", 0o100_644, 0).unwrap();
+        let filler = filler.attr.ino;
+        let data = vec![7; block as usize];
+        let mut at = 0;
+        while image.fs.write(&USER, filler, FH, at, &data, WriteFlags::empty()).is_ok() {
+            at += block;
+        }
+        image.fs.fsync(&ROOT, filler, FH, false).unwrap();
+
+        let mut written = Vec::new();
+        for at in (0..size / block).step_by(2) {
+            match image.fs.write(&USER, image.ino, FH, at * block, &data, WriteFlags::empty()) {
+                Ok(_) => written.push(at),
+                Err(error) => {
+                    // Nodes for so many extents may not fit, but write(2) has to say it.
+                    assert_eq!(error, Errno::ENOSPC);
+                    break;
+                }
+            }
+        }
+        image.fs.fsync(&ROOT, image.ino, FH, false).expect("no ENOSPC after write(2)");
+        image.remount();
+
+        for &at in &written {
+            assert!(image.read(at * block, block as usize) == data, "block {at}");
+            assert!(image.read((at + 1) * block, block as usize).iter().all(|&b| b == 0));
+        }
+        image.unmount();
+    }
+}
+
+/// An allocation that does not fit changes nothing.
+#[test]
+fn an_allocation_without_space_leaves_size_and_space() {
+    let image = Image::new(&["-t", "ext4", "-b", "1024"], 8 * 1024);
+    let before = image.fs.statfs(&ROOT).unwrap();
+
+    let done = image.fs.fallocate(&USER, image.ino, 0, 64 << 20, 0);
+
+    assert_eq!(done, Err(Errno::ENOSPC));
+    let attr = image.fs.getattr(&ROOT, image.ino).unwrap();
+    assert_eq!((attr.size, attr.blocks), (0, 0));
+    assert_eq!(image.fs.statfs(&ROOT).unwrap(), before);
     image.unmount();
 }
