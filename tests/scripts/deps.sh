@@ -15,6 +15,8 @@ need e2fsck e2fsprogs
 need getfattr attr
 need getfacl acl
 need rsync rsync
+need xfs_io xfsprogs
+need python3 python3
 need sqlite3 sqlite3
 need bzip2 bzip2
 need git git
