@@ -81,12 +81,12 @@ impl MountRequest {
         let ext4 = &mut self.ext4;
         match key {
             "data" => {
-                ext4.data_mode = match given()? {
+                ext4.data_mode = Some(match given()? {
                     "ordered" => DataMode::Ordered,
                     "journal" => DataMode::Journal,
                     "writeback" => DataMode::Writeback,
                     _ => return Err("ordered, journal or writeback".into()),
-                }
+                });
             }
             "errors" => {
                 ext4.errors = Some(match given()? {
@@ -311,7 +311,7 @@ mod tests {
         assert_eq!(request.fuse.attributes, MountAttr::NOATIME | MountAttr::NODEV);
         assert_eq!(request.ext4.errors, Some(ErrorsPolicy::RemountRo));
         assert_eq!(request.ext4.commit_interval, Duration::from_secs(30));
-        assert_eq!(request.ext4.data_mode, DataMode::Journal);
+        assert_eq!(request.ext4.data_mode, Some(DataMode::Journal));
     }
 
     #[test]

@@ -39,6 +39,17 @@ pub(crate) struct Claim {
     pub len: u32,
 }
 
+impl Claim {
+    /// The first `len` blocks, and the rest.
+    pub fn cut(mut self, len: u32) -> (Self, Self) {
+        assert!(0 < len && len < self.len, "a cut inside the claim");
+        let rest =
+            Self { fs: self.fs.clone(), start: self.start + u64::from(len), len: self.len - len };
+        self.len = len;
+        (self, rest)
+    }
+}
+
 impl Drop for Claim {
     fn drop(&mut self) {
         if self.len > 0 {

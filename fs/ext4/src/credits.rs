@@ -41,8 +41,12 @@ pub const UNLINK: u32 = DEL_ENTRY + 2 * SETATTR + ORPHAN;
 /// Renaming over an existing name, across directories, with the `..` of a directory.
 pub const RENAME: u32 = ADD_ENTRY + 2 * DEL_ENTRY + 4 * SETATTR + 2 * ORPHAN + 1;
 
+/// Blocks of the log for the revokes of a step of truncation, when the blocks it frees went
+/// through the journal.
+pub const REVOKES: u32 = 4;
+
 /// A step of truncation; longer ones extend or restart their handle.
-pub const TRUNCATE: u32 = 5 * 2 + 2 * 8 + SETATTR + ORPHAN;
+pub const TRUNCATE: u32 = 5 * 2 + 2 * 8 + SETATTR + ORPHAN + REVOKES;
 
 /// A step of a hole, which may leave two parts of an extent.
 pub const PUNCH: u32 = TRUNCATE + CONVERT;

@@ -245,6 +245,7 @@ impl Ext4 {
         let index = guard.folio().index();
         let size = inode.size();
         let dirty = guard.blocks().dirty;
+        let in_log = self.journals_data(inode);
         let mut reads: Vec<(std::ops::Range<usize>, uext_ondisk::FsBlock)> = Vec::new();
         let mut run: Option<(u32, Mapping)> = None;
         for (at, start) in (0..PAGE_SIZE).step_by(block_size).enumerate() {
@@ -266,6 +267,8 @@ impl Ext4 {
             }
             match (place, reads.last_mut()) {
                 (None, _) => guard[range].fill(0),
+                (Some(block), _)
+                    if in_log && self.copy_logged(block, &mut guard[range.clone()]) => {}
                 (Some(block), Some((last, first)))
                     if last.end == start
                         && first.0 + (last.len() / block_size) as u64 == block.0 =>
@@ -352,7 +355,12 @@ impl Ext4 {
             if offset > size {
                 self.zero_tail(inode, size)?;
             }
-            self.write_pages_of(inode, offset, data, ctx.uid == 0)?
+            let written = self.write_pages_of(inode, offset, data, ctx.uid == 0)?;
+            if self.journals_data(inode) {
+                // From the old end on, whose tail may have been zeroed.
+                self.journal_range(inode, offset.min(size)..offset + written as u64)?;
+            }
+            written
         };
         inode.mapping.balance_dirty();
         let sync = flags.contains(WriteFlags::SYNC)

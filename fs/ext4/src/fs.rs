@@ -21,7 +21,7 @@ use crate::balloc::Space;
 use crate::error::{Error, Result};
 use crate::groups::Groups;
 use crate::inode::{Inode, InodeCache};
-use crate::options::{ErrorsPolicy, MountOptions};
+use crate::options::{DataMode, ErrorsPolicy, MountOptions};
 use crate::orphan::OrphanList;
 use crate::readdir::Ties;
 use crate::system_zone::SystemZone;
@@ -32,6 +32,8 @@ pub struct Ext4 {
     /// The image's or device's name, for messages.
     pub(crate) name: String,
     pub(crate) options: MountOptions,
+    /// How data and the journal relate, by the options or the superblock.
+    pub(crate) data_mode: DataMode,
     /// The superblock as at mount: geometry and features.
     pub(crate) sb: Superblock,
     /// The superblock as it changes.

@@ -7,7 +7,8 @@
 //! are claimed in memory only, and when that write has completed, a journal
 //! handle marks the blocks used and maps them. So no committed transaction ever
 //! refers to data that is not on its way to the disk, and stale blocks never show,
-//! whatever the journal mode. Blocks freed by a transaction stay claimed in memory
+//! whatever the journal mode. Journalled data (`data=journal`) goes into the transaction
+//! that maps it instead. Blocks freed by a transaction stay claimed in memory
 //! until it has committed, so nothing overwrites data that a crash would bring back.
 //!
 //! Lock order, outermost first:
@@ -53,6 +54,7 @@ mod ialloc;
 mod indirect;
 mod inline;
 mod inode;
+mod journal_data;
 mod journal_inode;
 mod map_blocks;
 mod map_io;

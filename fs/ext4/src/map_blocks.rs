@@ -15,6 +15,7 @@ use uext_ondisk::indirect::{max_block_map_file_size, max_extent_file_size};
 use uext_ondisk::{FsBlock, LogicalBlock};
 use uext_vfs::Errno;
 
+use crate::credits;
 use crate::error::Result;
 use crate::fs::Ext4;
 use crate::inode::Inode;
@@ -25,6 +26,8 @@ use crate::{extents, extents_remove, indirect};
 const MAX_RUNS: usize = 256;
 /// How far a block map is looked at in one go.
 const BLOCK_MAP_RUN: u32 = 1024;
+/// Most bytes of a revoke block that hold no records.
+const REVOKE_HEADER: u32 = 32;
 /// Groups whose bitmaps a step of removal may change (see `credits::TRUNCATE`).
 const GROUPS_PER_STEP: usize = 8;
 
@@ -167,7 +170,13 @@ impl Ext4 {
         let _map = inode.map.write();
         inode.data.runs.forget(from, end);
         let io = FsMapIo::writer(self, inode, handle, 0);
-        let mut budget = Budget::new(GROUPS_PER_STEP);
+        let mut budget = if self.is_logged(inode) {
+            // One block of revokes is for the mapping's own nodes.
+            let records = (self.block_size() - REVOKE_HEADER) / 8;
+            Budget::with_blocks(GROUPS_PER_STEP, records * (credits::REVOKES - 1))
+        } else {
+            Budget::new(GROUPS_PER_STEP)
+        };
         if io.is_extents() {
             extents_remove::remove_step(&io, from, end, &mut budget)
         } else {

@@ -54,21 +54,30 @@ pub(crate) trait MapIo {
 }
 
 /// How much a step of removal may touch, so that it fits its handle: groups of which bitmap
-/// and descriptor change.
+/// and descriptor change, and blocks, each of which is revoked.
 #[derive(Clone)]
 pub(crate) struct Budget {
     groups: Vec<u32>,
     most: usize,
+    blocks: u32,
 }
 
 impl Budget {
     /// For `most` groups.
     pub fn new(most: usize) -> Self {
-        Self { groups: Vec::with_capacity(most), most }
+        Self { groups: Vec::with_capacity(most), most, blocks: u32::MAX }
+    }
+
+    /// As [`Budget::new`], and for at most `blocks` blocks.
+    pub fn with_blocks(most: usize, blocks: u32) -> Self {
+        Self { blocks, ..Self::new(most) }
     }
 
     /// Takes a run of data blocks that is freed from its end on: how many of its blocks fit.
     pub fn take(&mut self, io: &impl MapIo, start: FsBlock, len: u32) -> u32 {
+        // What is beyond the blocks that may go is at the start of the run.
+        let skip = len.saturating_sub(self.blocks);
+        let (start, len) = (start + u64::from(skip), len - skip);
         let mut taken = 0;
         while taken < len {
             // The last block that is left, and the part of the run in its group.
@@ -89,6 +98,7 @@ impl Budget {
             }
             taken += u32::try_from(last - low + 1).unwrap_or(u32::MAX);
         }
+        self.blocks -= taken;
         taken
     }
 }
@@ -230,8 +240,7 @@ impl MapIo for FsMapIo<'_> {
     }
 
     fn free_data(&self, start: FsBlock, len: u32) -> Result<()> {
-        // A directory's blocks, and a long symlink's, went through the journal.
-        let meta = self.inode.kind != uext_vfs::FileKind::Regular;
+        let meta = self.fs.is_logged(self.inode);
         self.fs.free_blocks(self.handle()?, start, len, meta)?;
         self.sub_blocks(len);
         Ok(())

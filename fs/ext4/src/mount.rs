@@ -25,8 +25,9 @@ use crate::fs::Ext4;
 use crate::gate::{self, MountError};
 use crate::groups::Groups;
 use crate::inode::InodeCache;
+use crate::journal_data;
 use crate::journal_inode::journal_map;
-use crate::options::{DataMode, MountOptions};
+use crate::options::MountOptions;
 use crate::orphan::OrphanList;
 use crate::readdir::Ties;
 use crate::super_source::{self, Found, Origin};
@@ -47,10 +48,6 @@ impl Ext4 {
         if options.norecovery && !options.read_only {
             return Err(MountError::Options("norecovery needs a read-only mount: add `-o ro`"));
         }
-        if options.data_mode == DataMode::Journal {
-            // Ordered would promise less than was asked for; for writeback it promises more.
-            return Err(MountError::Options("data=journal is not supported yet: use data=ordered"));
-        }
         let mut options = options.clone();
         options.read_only |= dev.limits().read_only && !options.rw_explicit;
         if dev.limits().read_only && !options.read_only {
@@ -61,6 +58,7 @@ impl Ext4 {
         let dev = recover(dev, name, &found, &options, verdict.read_only)?;
         let sb = super_source::read_primary(dev.as_ref())?;
         let verdict = gate::check(&sb, &options)?;
+        journal_data::check_mode(&options, &sb, verdict.read_only)?;
         if let Some(reason) = &verdict.reason {
             log::warn!("{name}: mounted read-only: {reason}");
         }
@@ -112,11 +110,13 @@ impl Ext4 {
         } else {
             Journal::none(buffers.clone())
         };
+        let data_mode = journal_data::data_mode(&options, &sb);
         let super_buf = buffers.bread(sb.super_block().0)?;
         let space = Self::initial_space(&groups);
         let fs = Arc::new_cyclic(|this| Self {
             this: this.clone(),
             name: name.to_owned(),
+            data_mode,
             options,
             live_super: Mutex::new(sb.clone()),
             sb,

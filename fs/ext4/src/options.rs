@@ -20,7 +20,7 @@ pub enum DataMode {
     Ordered,
     /// Data goes through the journal.
     Journal,
-    /// No order between them.
+    /// No order is asked for between them. uext writes data first here too: it costs nothing.
     Writeback,
 }
 
@@ -48,8 +48,8 @@ pub struct MountOptions {
     pub force: bool,
     /// `errors=`; the superblock's own policy when not given.
     pub errors: Option<ErrorsPolicy>,
-    /// `data=`.
-    pub data_mode: DataMode,
+    /// `data=`; the superblock's default (`tune2fs -o`) when not given, else ordered.
+    pub data_mode: Option<DataMode>,
     /// `commit=`: the longest time a finished change stays in memory only.
     pub commit_interval: Duration,
     /// Flush the disk's cache where the promises need it.
@@ -78,7 +78,7 @@ impl Default for MountOptions {
             norecovery: false,
             force: false,
             errors: None,
-            data_mode: DataMode::Ordered,
+            data_mode: None,
             commit_interval: Duration::from_secs(5),
             barrier: true,
             cache_bytes: None,

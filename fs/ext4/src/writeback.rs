@@ -8,7 +8,8 @@
 //! 4. journal handles mark claimed blocks used and map them, and let `disk_size` follow;
 //! 5. the guards end, each with its page's result.
 //!
-//! So a transaction refers only to data that has been written. What fails leaves its pages
+//! So a transaction refers only to data that has been written. Data that goes through the
+//! journal takes steps 3 and 4 as one: see `journal_data`. What fails leaves its pages
 //! dirty and its blocks delayed, with their reservation.
 //!
 //! A dirty block that is neither mapped nor delayed lies behind the end of the file, and
@@ -46,8 +47,8 @@ const BATCH_PAGES: usize = 2048;
 const SEGMENTS_PER_HANDLE: usize = 4;
 
 /// A locked page and how its write went.
-struct Page {
-    guard: WritebackGuard,
+pub(crate) struct Page {
+    pub guard: WritebackGuard,
     error: Option<WritebackError>,
 }
 
@@ -58,7 +59,7 @@ struct Run {
 }
 
 /// Where a segment goes.
-enum Place {
+pub(crate) enum Place {
     /// Over blocks that hold data already.
     Mapped(FsBlock),
     /// To blocks that are mapped but count as zeroes until they are written.
@@ -68,18 +69,36 @@ enum Place {
 }
 
 /// Blocks that lie together in the file and on the disk.
-struct Segment {
-    logical: u32,
-    len: u32,
-    place: Place,
+pub(crate) struct Segment {
+    pub logical: u32,
+    pub len: u32,
+    pub place: Place,
 }
 
 impl Segment {
-    fn start(&self) -> FsBlock {
+    pub fn start(&self) -> FsBlock {
         match &self.place {
             Place::Mapped(start) | Place::Unwritten(start) => *start,
             Place::Claimed(claim) => claim.start,
         }
+    }
+
+    /// The first `len` blocks, and the rest when there is one.
+    pub fn cut(self, len: u32) -> (Self, Option<Self>) {
+        if len >= self.len {
+            return (self, None);
+        }
+        let behind = |start: FsBlock| start + u64::from(len);
+        let (first, rest) = match self.place {
+            Place::Mapped(start) => (Place::Mapped(start), Place::Mapped(behind(start))),
+            Place::Unwritten(start) => (Place::Unwritten(start), Place::Unwritten(behind(start))),
+            Place::Claimed(claim) => {
+                let (first, rest) = claim.cut(len);
+                (Place::Claimed(first), Place::Claimed(rest))
+            }
+        };
+        let rest = Self { logical: self.logical + len, len: self.len - len, place: rest };
+        (Self { logical: self.logical, len, place: first }, Some(rest))
     }
 }
 
@@ -118,7 +137,7 @@ impl Ext4 {
     }
 
     /// Writes dirty pages of a range, at most `most`; gives how many were begun.
-    fn write_pages(
+    pub(crate) fn write_pages(
         &self,
         inode: &Inode,
         mapping: &Arc<AddressSpace>,
@@ -164,8 +183,17 @@ impl Ext4 {
                 first_error.get_or_insert(error);
             }
         }
-        self.write_segments(inode, &mut pages, &mut segments, &mut first_error);
-        self.map_segments(inode, &mut pages, segments, size, &mut first_error);
+        if self.journals_data(inode) {
+            self.journal_segments(inode, &mut pages, segments, size, &mut first_error);
+        } else {
+            self.write_segments(inode, &mut pages, &mut segments, &mut first_error);
+            self.map_segments(inode, &mut pages, segments, &mut first_error);
+        }
+        if let Err(error) = self.follow_size(inode, &pages, size) {
+            let last = pages.len() - 1;
+            pages[last].error.get_or_insert(as_writeback_error(&error));
+            first_error.get_or_insert(error);
+        }
         for page in pages {
             let folio = page.guard.folio().clone();
             let failed = page.error.is_some();
@@ -322,7 +350,7 @@ impl Ext4 {
     }
 
     /// A segment that is not mapped: its blocks are delayed again, with their reservation.
-    fn give_up(&self, segment: Segment) {
+    pub(crate) fn give_up(&self, segment: Segment) {
         if let Place::Claimed(claim) = segment.place {
             self.reserve_again(u64::from(claim.len));
             drop(claim);
@@ -330,7 +358,7 @@ impl Ext4 {
     }
 
     /// Notes a failure in the pages of a range of blocks.
-    fn fail(&self, pages: &mut [Page], from: u32, end: u32, error: &Error) {
+    pub(crate) fn fail(&self, pages: &mut [Page], from: u32, end: u32, error: &Error) {
         let block_size = u64::from(self.block_size());
         let range =
             u64::from(from) * block_size / PAGE..(u64::from(end) * block_size).div_ceil(PAGE);
@@ -339,13 +367,12 @@ impl Ext4 {
         }
     }
 
-    /// Maps what was written and lets the size on the disk follow.
+    /// Maps what was written.
     fn map_segments(
         &self,
         inode: &Inode,
         pages: &mut [Page],
         segments: Vec<Segment>,
-        size: u64,
         first_error: &mut Option<Error>,
     ) {
         let mut pending: Vec<Segment> =
@@ -362,11 +389,6 @@ impl Ext4 {
                 }
                 first_error.get_or_insert(error);
             }
-        }
-        if let Err(error) = self.follow_size(inode, pages, size) {
-            let last = pages.len() - 1;
-            pages[last].error.get_or_insert(as_writeback_error(&error));
-            first_error.get_or_insert(error);
         }
     }
 
@@ -402,7 +424,12 @@ impl Ext4 {
         mapped.and(marked)
     }
 
-    fn map_under(&self, handle: &Handle, inode: &Inode, group: &mut Vec<Segment>) -> Result<()> {
+    pub(crate) fn map_under(
+        &self,
+        handle: &Handle,
+        inode: &Inode,
+        group: &mut Vec<Segment>,
+    ) -> Result<()> {
         let _map = inode.map.write();
         while let Some(segment) = group.pop() {
             let (logical, len) = (segment.logical, segment.len);

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use uext_blockdev::MemoryDevice;
-use uext_ext4::{Ext4, MountOptions};
+use uext_ext4::{DataMode, Ext4, MountOptions};
 use uext_vfs::{Context, Errno, FileHandle, FileSystem, Ino, ReadReply, SetAttr, WriteFlags};
 
 const FH: FileHandle = FileHandle(0);
@@ -24,11 +24,16 @@ struct Image {
     fs: Arc<Ext4>,
     ino: Ino,
     block_mapped: bool,
+    options: MountOptions,
 }
 
 impl Image {
     /// A new filesystem of `kib` KiB with one empty file.
     fn new(args: &[&str], kib: u32) -> Self {
+        Self::with_options(args, kib, &options(8 << 20))
+    }
+
+    fn with_options(args: &[&str], kib: u32, options: &MountOptions) -> Self {
         let file = tempfile::NamedTempFile::new().unwrap();
         let made = Command::new("mke2fs")
             .args(["-q", "-F"])
@@ -38,10 +43,10 @@ impl Image {
             .status();
         assert!(made.expect("mke2fs is installed").success());
         let dev = MemoryDevice::from_vec(std::fs::read(file.path()).unwrap());
-        let fs = mount(&dev);
+        let fs = Ext4::mount(dev.clone(), "test", options).unwrap();
         let entry = fs.mknod(&ROOT, fs.root(), b"file", 0o100_644, 0).unwrap();
         let block_mapped = !args.contains(&"ext4");
-        Self { dev, fs, ino: entry.attr.ino, block_mapped }
+        Self { dev, fs, ino: entry.attr.ino, block_mapped, options: options.clone() }
     }
 
     fn read(&self, offset: u64, len: usize) -> Vec<u8> {
@@ -66,7 +71,7 @@ impl Image {
 
     fn remount(&mut self) {
         self.unmount();
-        self.fs = mount(&self.dev);
+        self.fs = Ext4::mount(self.dev.clone(), "test", &self.options).unwrap();
         self.ino = self.fs.lookup(&ROOT, self.fs.root(), b"file").unwrap().attr.ino;
     }
 }
@@ -77,8 +82,11 @@ fn mount(dev: &Arc<MemoryDevice>) -> Arc<Ext4> {
 }
 
 fn mount_with_cache(dev: &Arc<MemoryDevice>, bytes: usize) -> Arc<Ext4> {
-    let options = MountOptions { cache_bytes: Some(bytes), ..MountOptions::default() };
-    Ext4::mount(dev.clone(), "test", &options).unwrap()
+    Ext4::mount(dev.clone(), "test", &options(bytes)).unwrap()
+}
+
+fn options(cache_bytes: usize) -> MountOptions {
+    MountOptions { cache_bytes: Some(cache_bytes), ..MountOptions::default() }
 }
 
 /// e2fsck finds nothing to repair.
@@ -109,10 +117,10 @@ fn write_model(model: &mut Vec<u8>, offset: usize, data: &[u8]) {
 }
 
 /// Random operations on one file; the model is its bytes.
-fn run_model(args: &[&str], seed: u64) {
-    println!("mke2fs {args:?}, seed {seed}");
+fn run_model(args: &[&str], seed: u64, options: &MountOptions) {
+    println!("mke2fs {args:?}, seed {seed}, {:?}", options.data_mode);
     let mut random = Random(seed);
-    let mut image = Image::new(args, 24 * 1024);
+    let mut image = Image::with_options(args, 24 * 1024, options);
     let mut model: Vec<u8> = Vec::new();
     const MOST: u64 = 3 << 20;
     for step in 0..400u64 {
@@ -191,10 +199,35 @@ macro_rules! model_tests {
         #[test]
         fn $name() {
             for seed in [1, 7, 0x9E37_79B9] {
-                run_model(&$args, seed);
+                run_model(&$args, seed, &options(8 << 20));
             }
         }
     )* };
+}
+
+/// Through the smallest journals, and with a cache that loses pages before their blocks are home.
+macro_rules! journal_model_tests {
+    ($($name:ident: $args:expr;)*) => { $(
+        #[test]
+        fn $name() {
+            let options =
+                MountOptions { data_mode: Some(DataMode::Journal), ..options(2 << 20) };
+            for seed in [2, 0x9E37_79B9] {
+                run_model(&$args, seed, &options);
+            }
+        }
+    )* };
+}
+
+journal_model_tests! {
+    journalled_data_of_ext4_with_1k_blocks_holds_what_the_model_holds:
+        ["-t", "ext4", "-b", "1024", "-J", "size=1"];
+    journalled_data_of_ext4_with_4k_blocks_holds_what_the_model_holds:
+        ["-t", "ext4", "-b", "4096", "-J", "size=4"];
+    journalled_data_of_ext3_with_1k_blocks_holds_what_the_model_holds:
+        ["-t", "ext3", "-b", "1024", "-J", "size=1"];
+    journalled_data_of_ext3_with_4k_blocks_holds_what_the_model_holds:
+        ["-t", "ext3", "-b", "4096", "-J", "size=4"];
 }
 
 model_tests! {
