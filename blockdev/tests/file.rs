@@ -19,7 +19,7 @@ use uext_blockdev::{
     OpenOptions, Plug, Sector, submit_bio_wait,
 };
 
-const ENGINES: [Engine; 2] = [Engine::Sync, Engine::IoUring];
+const ENGINES: [Engine; 3] = [Engine::Sync, Engine::IoUring, Engine::Aio];
 const LONG: Duration = Duration::from_secs(30);
 
 fn open(path: &Path, engine: Engine) -> Arc<FileDevice> {
@@ -274,7 +274,7 @@ fn no_space_below_is_told_as_such() {
         })
     };
     assert!(Command::new("umount").arg(dir.path()).status().unwrap().success());
-    assert_eq!(results, [(true, Err(BlkStatus::NoSpc)); 2]);
+    assert_eq!(results, [(true, Err(BlkStatus::NoSpc)); 3]);
 }
 
 #[test]

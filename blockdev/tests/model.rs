@@ -205,4 +205,11 @@ proptest! {
             run_all(&*file_device(&place, Engine::IoUring), &ops);
         }
     }
+
+    #[test]
+    fn aio_engine_is_its_model(ops in prop::collection::vec(op(), 1..60)) {
+        for place in places("aio") {
+            run_all(&*file_device(&place, Engine::Aio), &ops);
+        }
+    }
 }

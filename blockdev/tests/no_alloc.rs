@@ -1,5 +1,5 @@
 //! Writeback must get through with no memory left: bios of a set, submitted to a
-//! file device with either engine, allocate nothing. This binary has one test, so
+//! file device with each engine, allocate nothing. This binary has one test, so
 //! that no other allocates meanwhile.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
@@ -82,7 +82,7 @@ fn write(dev: &FileDevice, set: &BioSet, page: &Arc<AlignedBuf>, ended: &Arc<End
 #[test]
 fn submitting_bios_of_a_set_allocates_nothing() {
     let page = Arc::new(AlignedBuf::from_slice(&[5; 4096]));
-    for engine in [Engine::Sync, Engine::IoUring] {
+    for engine in [Engine::Sync, Engine::IoUring, Engine::Aio] {
         let place = disk_file();
         place.resize(4 << 20);
         let options = OpenOptions { engine, ..OpenOptions::default() };

@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle, ThreadId};
 
-use uext_sync::{Condvar, Mutex};
+use uext_sync::{Condvar, Mutex, MutexGuard};
 
 use super::EngineQueue;
 use super::engine_uring::complete;
@@ -26,6 +26,8 @@ pub(super) const WORKERS: usize = 8;
 pub(super) const HELPERS: usize = 3;
 /// Bios that wait for a thread before submitters wait.
 const MAX_QUEUED: usize = 1024;
+/// Room for bios that another engine hands over, whatever waits.
+const TAKEN_OVER: usize = 128;
 
 pub(super) struct SyncEngine {
     shared: Arc<Shared>,
@@ -50,7 +52,8 @@ struct Queue {
 
 impl SyncEngine {
     pub(super) fn new(target: Arc<Target>, max_workers: usize) -> Self {
-        let queue = Queue { bios: VecDeque::with_capacity(MAX_QUEUED), ..Queue::default() };
+        let queue =
+            Queue { bios: VecDeque::with_capacity(MAX_QUEUED + TAKEN_OVER), ..Queue::default() };
         let queue = Mutex::new(queue);
         let shared =
             Shared { target, max_workers, queue, work: Condvar::new(), room: Condvar::new() };
@@ -67,17 +70,7 @@ impl EngineQueue for SyncEngine {
             while queue.bios.len() >= MAX_QUEUED && !queue.is_worker(me) {
                 self.shared.room.wait(&mut queue);
             }
-            queue.bios.push_back(bio);
-            if queue.workers.is_empty() {
-                self.start_workers(&mut queue);
-            }
-            let stranded = if queue.workers.is_empty() { queue.bios.pop_back() } else { None };
-            drop(queue);
-            match stranded {
-                // Not one thread to be had: the bio must not wait for ever.
-                Some(bio) => bio.end_io(Err(BlkStatus::IoErr)),
-                None => drop(self.shared.work.notify_one()),
-            }
+            self.push(queue, bio);
         }
     }
 
@@ -87,6 +80,27 @@ impl EngineQueue for SyncEngine {
 }
 
 impl SyncEngine {
+    /// Takes a bio over from another engine, without waiting for room: that engine's
+    /// depth is the bound.
+    pub(super) fn take_over(&self, bio: Bio) {
+        self.push(self.shared.queue.lock(), bio);
+    }
+
+    /// Queues a bio and wakes a worker.
+    fn push(&self, mut queue: MutexGuard<'_, Queue>, bio: Bio) {
+        queue.bios.push_back(bio);
+        if queue.workers.is_empty() {
+            self.start_workers(&mut queue);
+        }
+        let stranded = if queue.workers.is_empty() { queue.bios.pop_back() } else { None };
+        drop(queue);
+        match stranded {
+            // Not one thread to be had: the bio must not wait for ever.
+            Some(bio) => bio.end_io(Err(BlkStatus::IoErr)),
+            None => drop(self.shared.work.notify_one()),
+        }
+    }
+
     fn start_workers(&self, queue: &mut Queue) {
         for number in 0..self.shared.max_workers {
             let shared = self.shared.clone();

@@ -9,7 +9,7 @@
 //! flushes, above all, of which a whole sequence (PREFLUSH, data, FUA) is then one
 //! hand-over and not three.
 //!
-//! The bound: [`DEPTH`] bios in the ring and [`MAX_QUEUED`] waiting for a place; a
+//! The bound: [`DEPTH`] bios in the ring and those that wait in the [`SlabQueue`]; a
 //! submitter that comes then waits, except an `end_io` in the reaper, which must
 //! not. No SQPOLL: on few cores its thread takes the time of those that work. No
 //! COOP_TASKRUN on the shared ring: completions are posted in the context of the
@@ -20,37 +20,31 @@
 //!   each flight and one to stop, so neither queue can overflow.
 //! - A ring is given up only when nothing is in flight in it.
 //!
-//! Locks, outermost first: `sq` (the submission queue and its system call), `slab`.
+//! Locks, outermost first: `sq` (the submission queue and its system call), the slab.
 //! Neither is held over an `end_io`, or while waiting for a completion.
 
-use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle, ThreadId};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use io_uring::{EnterFlags, IoUring, opcode};
-use uext_sync::{Condvar, Mutex};
+use uext_sync::Mutex;
 
 use super::EngineQueue;
+use super::batch::{BATCH_DEPTH, BatchPool, Port};
 use super::engine_sync::{HELPERS, SyncEngine};
 use super::flight::{Flight, Landing};
+use super::slab::SlabQueue;
 use super::target::Target;
 use crate::bio::Bio;
 use crate::flush::{self, SimpleQueue};
 use crate::limits::QueueLimits;
-use crate::split::fits;
 use crate::status::BlkResult;
 
 /// Bios in the shared ring.
 const DEPTH: u32 = 128;
-/// Bios that wait for a place in it before submitters wait.
-const MAX_QUEUED: usize = 1024;
-/// Bios in the ring of a thread that waits.
-const BATCH_DEPTH: u32 = 32;
-/// Rings kept for threads that wait.
-const MAX_BATCH_RINGS: usize = 4;
 /// The user data of the entry that stops the reaper.
 const STOP: u64 = u64::MAX;
 
@@ -58,7 +52,7 @@ pub(super) struct UringEngine {
     ring: Arc<SharedRing>,
     queue: Arc<dyn SimpleQueue>,
     reaper: Option<JoinHandle<()>>,
-    batch_rings: Mutex<Vec<BatchRing>>,
+    batches: BatchPool<RingPort>,
 }
 
 struct SharedRing {
@@ -68,19 +62,7 @@ struct SharedRing {
     helper: SyncEngine,
     /// Held by who fills the submission queue or submits it.
     sq: Mutex<()>,
-    slab: Mutex<Slab>,
-    /// There is room in the queue again.
-    room: Condvar,
-}
-
-struct Slab {
-    /// Never grows: the kernel has pointers into it.
-    flights: Box<[Flight]>,
-    free: Vec<u32>,
-    /// Flights that came short.
-    again: Vec<u32>,
-    queued: VecDeque<Bio>,
-    reaper: Option<ThreadId>,
+    taken: SlabQueue,
 }
 
 impl UringEngine {
@@ -89,27 +71,19 @@ impl UringEngine {
     pub(super) fn new(target: Arc<Target>) -> io::Result<Self> {
         let ring = IoUring::builder().setup_submit_all().build(DEPTH + 1)?;
         ring.submitter().register_files(&[target.fd()])?;
-        let slab = Slab {
-            flights: (0..DEPTH).map(|_| Flight::new(&target)).collect(),
-            free: (0..DEPTH).rev().collect(),
-            again: Vec::with_capacity(DEPTH as usize),
-            queued: VecDeque::with_capacity(MAX_QUEUED),
-            reaper: None,
-        };
         let ring = Arc::new(SharedRing {
             ring,
             helper: SyncEngine::new(target.clone(), HELPERS),
+            taken: SlabQueue::new(&target, DEPTH),
             target,
             sq: Mutex::new(()),
-            slab: Mutex::new(slab),
-            room: Condvar::new(),
         });
         let shared = ring.clone();
         let reaper =
             thread::Builder::new().name("blk-uring".into()).spawn(move || shared.reap())?;
-        ring.slab.lock().reaper = Some(reaper.thread().id());
+        ring.taken.set_reaper(reaper.thread().id());
         let queue = ring.clone();
-        Ok(Self { ring, queue, reaper: Some(reaper), batch_rings: Mutex::default() })
+        Ok(Self { ring, queue, reaper: Some(reaper), batches: BatchPool::new(RingPort::new) })
     }
 }
 
@@ -127,21 +101,7 @@ impl EngineQueue for UringEngine {
     }
 
     fn submit_wait(&self, bios: Vec<Bio>) -> Result<Vec<Bio>, Vec<Bio>> {
-        if bios.len() < 2 {
-            return Err(bios);
-        }
-        let kept = self.batch_rings.lock().pop();
-        let ring = match kept {
-            Some(ring) => Ok(ring),
-            None => BatchRing::new(&self.ring.target),
-        };
-        let Ok(mut ring) = ring else { return Err(bios) };
-        let done = ring.run(bios, &self.ring.target);
-        let mut rings = self.batch_rings.lock();
-        if rings.len() < MAX_BATCH_RINGS {
-            rings.push(ring);
-        }
-        Ok(done)
+        self.batches.run(bios, &self.ring.target)
     }
 
     fn name(&self) -> &'static str {
@@ -168,23 +128,13 @@ impl SimpleQueue for SharedRing {
     }
 
     fn submit_simple(&self, bios: &mut dyn Iterator<Item = Bio>) {
-        let me = thread::current().id();
         // The iterator may complete bios of its own, so it runs without locks.
         for bio in bios {
-            if !Flight::can_do(&bio) {
+            if Flight::can_do(&bio) {
+                self.taken.push(bio, || self.pump());
+            } else {
                 self.helper.submit(&mut std::iter::once(bio));
-                continue;
             }
-            let mut slab = self.slab.lock();
-            while slab.queued.len() >= MAX_QUEUED && slab.reaper != Some(me) {
-                drop(slab);
-                self.pump();
-                slab = self.slab.lock();
-                if slab.queued.len() >= MAX_QUEUED {
-                    self.room.wait(&mut slab);
-                }
-            }
-            slab.queued.push_back(bio);
         }
         self.pump();
     }
@@ -195,7 +145,7 @@ impl SharedRing {
     /// with one system call.
     fn pump(&self) {
         let _sq = self.sq.lock();
-        let mut slab = self.slab.lock();
+        let mut slab = self.taken.lock();
         let mut entries = 0;
         while let Some(index) = slab.next_flight() {
             let entry = slab.flights[index as usize].entry(u64::from(index));
@@ -206,7 +156,7 @@ impl SharedRing {
             entries += 1;
         }
         drop(slab);
-        self.room.notify_all();
+        self.taken.made_room();
         if entries > 0 {
             submit_all(&self.ring, 0);
         }
@@ -219,17 +169,13 @@ impl SharedRing {
         loop {
             wait_for_one(&self.ring);
             stopping |= self.collect(&mut done);
-            let left = {
-                let slab = self.slab.lock();
-                !slab.again.is_empty() || !slab.queued.is_empty()
-            };
-            if left {
+            if self.taken.lock().has_more() {
                 self.pump();
             }
             for (bio, status) in done.drain(..) {
                 complete(bio, status);
             }
-            if stopping && self.slab.lock().is_idle() {
+            if stopping && self.taken.lock().is_idle() {
                 return;
             }
         }
@@ -238,7 +184,7 @@ impl SharedRing {
     /// Takes completions out of the ring; whether one of them says stop.
     fn collect(&self, done: &mut Vec<(Bio, BlkResult<()>)>) -> bool {
         let mut stop = false;
-        let mut slab = self.slab.lock();
+        let mut slab = self.taken.lock();
         // SAFETY: only the reaper uses the completion queue.
         for cqe in unsafe { self.ring.completion_shared() } {
             if cqe.user_data() == STOP {
@@ -268,113 +214,36 @@ impl SharedRing {
     }
 }
 
-impl Slab {
-    /// A flight that is ready to be submitted: one that came short, or a queued bio
-    /// in a free place.
-    fn next_flight(&mut self) -> Option<u32> {
-        if let Some(index) = self.again.pop() {
-            return Some(index);
-        }
-        if self.queued.is_empty() {
-            return None;
-        }
-        let index = self.free.pop()?;
-        let bio = self.queued.pop_front()?;
-        self.flights[index as usize].board(bio);
-        Some(index)
-    }
-
-    fn is_idle(&self) -> bool {
-        self.queued.is_empty() && self.free.len() == self.flights.len()
-    }
-}
-
 /// A ring that one thread at a time submits to and reaps from.
-struct BatchRing {
+struct RingPort {
     ring: IoUring,
-    flights: Box<[Flight]>,
-    free: Vec<u32>,
 }
 
-impl BatchRing {
+impl RingPort {
     fn new(target: &Target) -> io::Result<Self> {
         // The waiting thread posts its own completions when it enters the kernel.
         let ring = IoUring::builder().setup_submit_all().setup_coop_taskrun().build(BATCH_DEPTH)?;
         ring.submitter().register_files(&[target.fd()])?;
-        Ok(Self {
-            ring,
-            flights: (0..BATCH_DEPTH).map(|_| Flight::new(target)).collect(),
-            free: (0..BATCH_DEPTH).rev().collect(),
-        })
+        Ok(Self { ring })
+    }
+}
+
+impl Port for RingPort {
+    fn push(&mut self, index: u32, flight: &Flight) {
+        let entry = flight.entry(u64::from(index));
+        // SAFETY: the flight stays in place and keeps its memory until its completion,
+        // for which the batch waits.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        assert!(pushed.is_ok(), "the ring has an entry for each flight");
     }
 
-    /// Does all of the bios: what is one plain step in the ring, the rest afterwards
-    /// one by one. Runs no code of others, so nothing can unwind past flights.
-    fn run(&mut self, bios: Vec<Bio>, target: &Target) -> Vec<Bio> {
-        let mut done = Vec::with_capacity(bios.len());
-        let mut single = Vec::new();
-        let mut queued = VecDeque::with_capacity(bios.len());
-        for mut bio in bios {
-            if let Err(status) = target.limits.check(&bio) {
-                bio.set_status(Err(status));
-                done.push(bio);
-            } else if is_plain(&bio, &target.limits) {
-                queued.push_back(bio);
-            } else {
-                single.push(bio);
-            }
-        }
-        let mut again = Vec::new();
-        while !(queued.is_empty() && again.is_empty() && self.free.len() == self.flights.len()) {
-            self.fill(&mut queued, &mut again);
-            let in_flight = self.flights.len() - self.free.len();
-            // With more to come half is enough; the rest then overlaps with it.
-            let want = if queued.is_empty() { in_flight } else { in_flight.div_ceil(2) };
-            submit_all(&self.ring, want);
-            self.collect(target, &mut again, &mut done);
-        }
-        for mut bio in single {
-            let status = target.run(&bio);
-            bio.set_status(status);
-            done.push(bio);
-        }
-        done
+    fn submit_and_wait(&mut self, want: usize) {
+        submit_all(&self.ring, want);
     }
 
-    fn fill(&mut self, queued: &mut VecDeque<Bio>, again: &mut Vec<u32>) {
-        loop {
-            let index = if let Some(index) = again.pop() {
-                index
-            } else if !queued.is_empty()
-                && let Some(index) = self.free.pop()
-                && let Some(bio) = queued.pop_front()
-            {
-                self.flights[index as usize].board(bio);
-                index
-            } else {
-                return;
-            };
-            let entry = self.flights[index as usize].entry(u64::from(index));
-            // SAFETY: the flight stays in place and keeps its memory until its
-            // completion, for which `run` waits.
-            let pushed = unsafe { self.ring.submission().push(&entry) };
-            assert!(pushed.is_ok(), "the ring has an entry for each flight");
-        }
-    }
-
-    fn collect(&mut self, target: &Target, again: &mut Vec<u32>, done: &mut Vec<Bio>) {
-        for cqe in self.ring.completion() {
-            // The index came from `fill`.
-            let index = cqe.user_data() as u32;
-            match self.flights[index as usize].land(cqe.result(), target) {
-                Landing::Again => again.push(index),
-                Landing::Done(mut bio, status) => {
-                    self.free.push(index);
-                    bio.set_status(status);
-                    done.push(bio);
-                }
-            }
-        }
+    fn next_completion(&mut self) -> Option<(u32, i32)> {
+        // The index came from `push`.
+        self.ring.completion().next().map(|cqe| (cqe.user_data() as u32, cqe.result()))
     }
 }
 
@@ -392,19 +261,10 @@ impl Drop for SharedRing {
     }
 }
 
-impl Drop for BatchRing {
+impl Drop for RingPort {
     fn drop(&mut self) {
         release_file(&self.ring);
     }
-}
-
-/// Whether the bio is one entry of a ring.
-fn is_plain(bio: &Bio, limits: &QueueLimits) -> bool {
-    use crate::bio::{BioFlags, BioOp};
-    matches!(bio.op(), BioOp::Read | BioOp::Write)
-        && !bio.is_empty()
-        && !bio.flags().contains(BioFlags::PREFLUSH)
-        && fits(bio, limits)
 }
 
 /// Submits what is in the queue, and waits for `want` completions. Never gives up:

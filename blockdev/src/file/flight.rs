@@ -1,7 +1,7 @@
-//! A bio on its way through an io_uring: its submission entry, and what its
-//! completion means.
+//! A bio on its way through the kernel: its request, for io_uring or Linux AIO, and
+//! what its completion means.
 //!
-//! Invariants: from the moment the entry of a flight is in the ring until its
+//! Invariants: from the moment the request of a flight is submitted until its
 //! completion has been seen the flight keeps its bio, and so the memory, and its
 //! iovecs stay in place.
 
@@ -60,6 +60,26 @@ impl Flight {
         self.offset = bio.sector().byte_offset();
         self.again = 0;
         self.bio = Some(bio);
+    }
+
+    /// Takes the bio off again, as if it had never been submitted.
+    pub(super) fn disembark(&mut self) -> Option<Bio> {
+        self.bio.take()
+    }
+
+    /// The bio on board.
+    pub(super) fn bio(&self) -> Option<&Bio> {
+        self.bio.as_ref()
+    }
+
+    /// Where on the device the rest begins, bytes.
+    pub(super) fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Memory that is left to do; stays in place until the completion.
+    pub(super) fn iovecs(&self) -> &[libc::iovec] {
+        &self.iovecs[self.first..]
     }
 
     /// The submission entry for what is left to do. It points into the flight, which

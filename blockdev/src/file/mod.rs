@@ -11,11 +11,16 @@
 //!
 //! Locks: none here; each engine has its queue's.
 
+mod aio_context;
+mod aio_ring;
+mod batch;
+mod engine_aio;
 mod engine_sync;
 mod engine_uring;
 mod flight;
 mod loops;
 mod open;
+mod slab;
 mod target;
 
 use std::io;
@@ -27,6 +32,7 @@ use crate::device::{BlockDevice, wait_for_all};
 use crate::limits::QueueLimits;
 use crate::status::BlkResult;
 
+use engine_aio::AioEngine;
 use engine_sync::{SyncEngine, WORKERS};
 use engine_uring::UringEngine;
 pub use open::OpenError;
@@ -40,6 +46,8 @@ pub enum Engine {
     Auto,
     /// An io_uring of the device's own.
     IoUring,
+    /// Linux AIO, with completions read from its ring.
+    Aio,
     /// `preadv2` and `pwritev2` on a few threads.
     Sync,
 }
@@ -112,7 +120,7 @@ impl FileDevice {
         self.target.direct
     }
 
-    /// The engine in use, for messages: `io_uring` or `sync`.
+    /// The engine in use, for messages: `io_uring`, `aio` or `sync`.
     pub fn engine_name(&self) -> &'static str {
         self.engine.name()
     }
@@ -129,6 +137,14 @@ impl FileDevice {
 fn make_engine(target: &Arc<Target>, engine: Engine) -> io::Result<Box<dyn EngineQueue>> {
     let sync = || Box::new(SyncEngine::new(target.clone(), WORKERS));
     if engine == Engine::Sync {
+        return Ok(sync());
+    }
+    if engine == Engine::Aio {
+        // AIO on the page cache would do all of the work in the thread that submits.
+        if target.direct {
+            return Ok(Box::new(AioEngine::new(target.clone())?));
+        }
+        log::warn!("no direct I/O, so no Linux AIO: using threads");
         return Ok(sync());
     }
     match UringEngine::new(target.clone()) {

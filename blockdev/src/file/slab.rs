@@ -1,0 +1,111 @@
+//! The bios an asynchronous engine has taken: those in flight, and those that wait
+//! for a place.
+//!
+//! Invariants: a flight is free, in the kernel's hands, or in `again`; bios wait only
+//! while there is no free flight or nobody has pumped yet.
+//!
+//! Locks: `slab`, never held over an `end_io` or a system call.
+
+use std::collections::VecDeque;
+use std::thread::{self, ThreadId};
+
+use uext_sync::{Condvar, Mutex, MutexGuard};
+
+use super::flight::Flight;
+use super::target::Target;
+use crate::bio::Bio;
+
+/// Bios that wait for a place before submitters wait.
+const MAX_QUEUED: usize = 1024;
+
+/// What an engine has taken.
+pub(super) struct SlabQueue {
+    slab: Mutex<Slab>,
+    /// There is room in the queue again.
+    room: Condvar,
+}
+
+/// The places in the kernel's ring, and who waits for one.
+pub(super) struct Slab {
+    /// Never grows: the kernel may have pointers into it.
+    pub(super) flights: Box<[Flight]>,
+    pub(super) free: Vec<u32>,
+    /// Flights that came short.
+    pub(super) again: Vec<u32>,
+    queued: VecDeque<Bio>,
+    reaper: Option<ThreadId>,
+}
+
+impl SlabQueue {
+    pub(super) fn new(target: &Target, depth: u32) -> Self {
+        let slab = Slab {
+            flights: (0..depth).map(|_| Flight::new(target)).collect(),
+            free: (0..depth).rev().collect(),
+            again: Vec::with_capacity(depth as usize),
+            queued: VecDeque::with_capacity(MAX_QUEUED),
+            reaper: None,
+        };
+        Self { slab: Mutex::new(slab), room: Condvar::new() }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Slab> {
+        self.slab.lock()
+    }
+
+    /// Says which thread completes bios: it never waits in [`SlabQueue::push`].
+    pub(super) fn set_reaper(&self, reaper: ThreadId) {
+        self.slab.lock().reaper = Some(reaper);
+    }
+
+    /// Takes a bio, when there is room. `pump` moves what waits into the ring.
+    pub(super) fn push(&self, bio: Bio, pump: impl Fn()) {
+        let me = thread::current().id();
+        let mut slab = self.slab.lock();
+        while slab.queued.len() >= MAX_QUEUED && slab.reaper != Some(me) {
+            drop(slab);
+            pump();
+            slab = self.slab.lock();
+            if slab.queued.len() >= MAX_QUEUED {
+                self.room.wait(&mut slab);
+            }
+        }
+        slab.queued.push_back(bio);
+    }
+
+    /// Wakes submitters that wait for room.
+    pub(super) fn made_room(&self) {
+        self.room.notify_all();
+    }
+}
+
+impl Slab {
+    /// A flight that is ready to be submitted: one that came short, or a queued bio
+    /// in a free place.
+    pub(super) fn next_flight(&mut self) -> Option<u32> {
+        if let Some(index) = self.again.pop() {
+            return Some(index);
+        }
+        if self.queued.is_empty() {
+            return None;
+        }
+        let index = self.free.pop()?;
+        let bio = self.queued.pop_front()?;
+        self.flights[index as usize].board(bio);
+        Some(index)
+    }
+
+    /// Takes a bio off a flight that the kernel doesn't have.
+    pub(super) fn disembark(&mut self, index: u32) -> Option<Bio> {
+        self.free.push(index);
+        self.flights[index as usize].disembark()
+    }
+
+    /// Whether something waits to be submitted.
+    pub(super) fn has_more(&self) -> bool {
+        !self.again.is_empty() || !self.queued.is_empty()
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.queued.is_empty() && self.free.len() == self.flights.len()
+    }
+}
