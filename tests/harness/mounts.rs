@@ -59,6 +59,9 @@ impl UextMount {
         if !options.is_empty() {
             mount.args(["-o", options]);
         }
+        if let Ok(transport) = std::env::var("UEXT_TEST_TRANSPORT") {
+            mount.args(["-o", &format!("transport={transport}")]);
+        }
         run(&mut mount);
         Self { dir: dir.to_owned(), log }
     }
@@ -66,6 +69,16 @@ impl UextMount {
     /// Where.
     pub fn path(&self) -> &Path {
         &self.dir
+    }
+
+    /// The daemon's process.
+    pub fn daemon(&self) -> u32 {
+        use std::os::unix::fs::MetadataExt;
+        let device = std::fs::metadata(&self.dir).expect("the mount").dev();
+        let state = format!("/run/uext/{}:{}", libc::major(device), libc::minor(device));
+        let state = std::fs::read_to_string(state).expect("the daemon's state");
+        let pid = state.lines().find_map(|line| line.strip_prefix("pid ")).expect("its number");
+        pid.parse().expect("a number")
     }
 
     /// What the daemon logged so far.

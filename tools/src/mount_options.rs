@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use uext_blockdev::file::Engine;
 use uext_ext4::{AtimePolicy, DataMode, ErrorsPolicy, MountOptions};
-use uext_fuse::{Config, MountAttr};
+use uext_fuse::{Config, MountAttr, Transport};
 
 /// Everything a mount was asked for.
 #[derive(Clone, Debug)]
@@ -117,6 +117,18 @@ impl MountRequest {
                 let kb = u32::try_from(number(given()?)?).map_err(|_| "too large")?;
                 self.fuse.read_ahead_kb = Some(kb);
             }
+            "max_ratio" => {
+                let percent = u8::try_from(number(given()?)?).ok().filter(|n| *n <= 100);
+                self.fuse.max_ratio = Some(percent.ok_or("0 to 100")?);
+            }
+            "transport" => {
+                self.fuse.transport = match given()? {
+                    "uring" => Transport::Uring,
+                    "devfuse" => Transport::DevFuse,
+                    "auto" => Transport::Auto,
+                    _ => return Err("uring, devfuse or auto".into()),
+                }
+            }
             "entry_timeout" => self.fuse.entry_timeout = seconds(given()?)?,
             "attr_timeout" => self.fuse.attr_timeout = seconds(given()?)?,
             "negative_timeout" => self.fuse.negative_timeout = seconds(given()?)?,
@@ -180,6 +192,11 @@ impl MountRequest {
             "noacl" => ext4.acl = false,
             "allow_other" => self.fuse.allow_other = true,
             "noallow_other" => self.fuse.allow_other = false,
+            "enable_uring" => self.fuse.enable_uring = true,
+            "no_open" => self.fuse.no_open = Some(true),
+            "open" => self.fuse.no_open = Some(false),
+            "splice" => self.fuse.splice = true,
+            "nosplice" => self.fuse.splice = false,
             "portable" => self.portable = true,
             "default_permissions" => self.fuse.default_permissions = true,
             "writeback_cache" => self.fuse.writeback_cache = true,
@@ -287,8 +304,9 @@ pub fn engine(name: &str) -> Result<Engine, String> {
     match name {
         "auto" => Ok(Engine::Auto),
         "uring" | "io_uring" => Ok(Engine::IoUring),
+        "aio" => Ok(Engine::Aio),
         "sync" => Ok(Engine::Sync),
-        _ => Err("auto, uring or sync".into()),
+        _ => Err("auto, uring, aio or sync".into()),
     }
 }
 
@@ -344,6 +362,17 @@ mod tests {
         let wanted = ("context".to_owned(), Some("a:b:c:s0,c1".to_owned()));
         assert_eq!(request.fuse.extra, [wanted]);
         assert!(request.ext4.read_only);
+    }
+
+    #[test]
+    fn the_transport_and_what_comes_with_it_are_options() {
+        let request = parse("transport=uring,enable_uring,open,max_ratio=50,splice").unwrap();
+        assert_eq!(request.fuse.transport, Transport::Uring);
+        assert!(request.fuse.enable_uring && request.fuse.splice);
+        assert_eq!((request.fuse.no_open, request.fuse.max_ratio), (Some(false), Some(50)));
+        assert_eq!(parse("rw").unwrap().fuse.transport, Transport::DevFuse);
+        assert!(parse("transport=pigeon").is_err());
+        assert!(parse("max_ratio=101").is_err());
     }
 
     #[test]

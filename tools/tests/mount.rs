@@ -45,8 +45,12 @@ impl Bench {
     }
 
     fn mount(&self, options: &str) -> Output {
+        let options = match std::env::var("UEXT_TEST_TRANSPORT") {
+            Ok(transport) => format!("{options},transport={transport}"),
+            Err(_) => options.to_owned(),
+        };
         let words: [&Path; 4] =
-            [Path::new("mount"), &self.image(), &self.dir(), Path::new(options)];
+            [Path::new("mount"), &self.image(), &self.dir(), Path::new(&options)];
         Self::run(&words)
     }
 

@@ -9,8 +9,10 @@ use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use nix::errno::Errno as Nix;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::uio::writev;
 use uext_vfs::{Errno, ReadReply, ReadSegment};
 use zerocopy::IntoBytes;
@@ -19,6 +21,7 @@ use crate::PAGE_SIZE;
 use crate::abi::{self, InHeader, Opcode, OutHeader};
 use crate::dispatch::{Dispatcher, Request};
 use crate::reply::{Answer, ReplyBuf};
+use crate::splice::{self, ReplyPipe};
 
 /// Header and arguments of a `WRITE`: what stands before its data.
 const WRITE_PREFIX: usize = size_of::<InHeader>() + size_of::<abi::WriteIn>();
@@ -32,6 +35,8 @@ struct Buffers {
     request: Vec<u8>,
     start: usize,
     reply: Vec<u8>,
+    /// For large replies, when they are to be spliced.
+    pipe: Option<ReplyPipe>,
 }
 
 impl Buffers {
@@ -41,7 +46,7 @@ impl Buffers {
         let request = vec![0; len + 2 * PAGE_SIZE];
         let page = request.as_ptr().align_offset(PAGE_SIZE);
         let start = page + PAGE_SIZE - WRITE_PREFIX;
-        Self { request, start, reply: vec![0; max_write + PAGE_SIZE] }
+        Self { request, start, reply: vec![0; max_write + PAGE_SIZE], pipe: None }
     }
 
     fn request_mut(&mut self, max_write: usize) -> &mut [u8] {
@@ -71,7 +76,7 @@ pub(crate) fn handshake(
             Answer::Status(Err(errno)) => Some(*errno),
             _ => None,
         };
-        send(device, request.header.unique, &answer, out.filled())?;
+        send(device, request.header.unique, &answer, out.filled(), None)?;
         if request.header.opcode == Opcode::Init as u32 {
             // A kernel with a newer major version sends a second INIT to whoever reads next.
             return refused.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno.0)));
@@ -79,43 +84,77 @@ pub(crate) fn handshake(
     }
 }
 
-/// Serves requests until the connection ends or `stop` is set. `waiting` says
-/// whether the thread waits for a request, so that a signal interrupts nothing else.
-///
-/// # Errors
-/// Those of the device that do not mean that the filesystem was unmounted.
-pub(crate) fn serve(
-    device: &File,
-    dispatcher: &Dispatcher,
-    stop: &AtomicBool,
-    waiting: &AtomicBool,
-    max_write: usize,
-) -> io::Result<()> {
-    let mut buffers = Buffers::new(max_write);
-    loop {
-        waiting.store(true, Ordering::SeqCst); // PAIRS-WITH: session::Control::kick
-        if stop.load(Ordering::SeqCst) {
-            waiting.store(false, Ordering::SeqCst);
-            return Ok(());
+/// What a worker serves, and when it ends.
+pub(crate) struct Served<'a> {
+    pub(crate) dispatcher: &'a Dispatcher,
+    /// Set when it is to end.
+    pub(crate) stop: &'a AtomicBool,
+    /// Whether the thread waits for a request, so that a signal interrupts nothing else.
+    pub(crate) waiting: &'a AtomicBool,
+    pub(crate) max_write: usize,
+    /// Requests come another way, and here only what can wait (FORGET) or is rare
+    /// (INTERRUPT): let some come together rather than wake up for each.
+    pub(crate) lazily: bool,
+    /// Large replies are spliced.
+    pub(crate) splice: bool,
+}
+
+/// How long what comes lazily may wait.
+const LAZY: Duration = Duration::from_millis(10);
+
+impl Served<'_> {
+    /// Serves requests until the connection ends or `stop` is set.
+    ///
+    /// # Errors
+    /// Those of the device that do not mean that the filesystem was unmounted.
+    pub(crate) fn serve(&self, device: &File) -> io::Result<()> {
+        let mut buffers = Buffers::new(self.max_write);
+        if self.splice {
+            let pipe = ReplyPipe::new().inspect_err(|error| log::warn!("no pipe: {error}"));
+            buffers.pipe = pipe.ok();
         }
-        let result = nix::unistd::read(device, buffers.request_mut(max_write));
-        waiting.store(false, Ordering::SeqCst);
-        let len = match result {
-            Ok(len) => len,
-            // ENOENT: the request was taken back between the wake-up and the read.
-            Err(Nix::EINTR | Nix::ENOENT | Nix::EAGAIN) => continue,
-            Err(Nix::ENODEV | Nix::ECONNABORTED) => return Ok(()),
-            Err(errno) => return Err(errno.into()),
-        };
-        match serve_one(device, dispatcher, &mut buffers, len) {
-            Ok(()) => {}
-            // The connection is gone, and with it who asked; so nobody counts lookups.
-            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(()),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
-            // The kernel has ended the request with EIO; it is our reply that was wrong.
-            Err(error) => log::error!("a reply was refused: {error}"),
+        let mut slept = !self.lazily;
+        loop {
+            self.waiting.store(true, Ordering::SeqCst); // PAIRS-WITH: session::Control::kick
+            if self.stop.load(Ordering::SeqCst) {
+                self.waiting.store(false, Ordering::SeqCst);
+                return Ok(());
+            }
+            if self.lazily && !has_request(device, if slept { 0 } else { -1 }) {
+                slept = false;
+                continue;
+            }
+            if !slept {
+                std::thread::sleep(LAZY);
+                slept = true;
+            }
+            let result = nix::unistd::read(device, buffers.request_mut(self.max_write));
+            self.waiting.store(false, Ordering::SeqCst);
+            let len = match result {
+                Ok(len) => len,
+                // ENOENT: the request was taken back between the wake-up and the read.
+                Err(Nix::EINTR | Nix::ENOENT | Nix::EAGAIN) => continue,
+                Err(Nix::ENODEV | Nix::ECONNABORTED) => return Ok(()),
+                Err(errno) => return Err(errno.into()),
+            };
+            match serve_one(device, self.dispatcher, &mut buffers, len) {
+                Ok(()) => {}
+                // The connection is gone, and with it who asked; so nobody counts lookups.
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(()),
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+                // The kernel has ended the request with EIO; it is our reply that was wrong.
+                Err(error) => log::error!("a reply was refused: {error}"),
+            }
         }
     }
+}
+
+/// Waits, `timeout` milliseconds or for ever (-1), until a read would not; also true
+/// when the connection has ended.
+fn has_request(device: &File, timeout: i32) -> bool {
+    let mut fds = [PollFd::new(device.as_fd(), PollFlags::POLLIN)];
+    let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::NONE);
+    poll(&mut fds, timeout).is_ok_and(|ready| ready > 0)
 }
 
 fn serve_one(
@@ -129,17 +168,24 @@ fn serve_one(
     match Request::parse(message) {
         Ok(request) => {
             let answer = dispatcher.dispatch(&request, &mut out);
-            send(device, request.header.unique, &answer, out.filled())
+            let pipe = buffers.pipe.as_ref();
+            send(device, request.header.unique, &answer, out.filled(), pipe)
         }
         Err(header) => {
             log::error!("malformed request of {len} bytes: {header:?}");
             let Some(header) = header else { return Ok(()) };
-            send(device, header.unique, &Answer::Status(Err(Errno::EINVAL)), &[])
+            send(device, header.unique, &Answer::Status(Err(Errno::EINVAL)), &[], None)
         }
     }
 }
 
-fn send(device: &File, unique: u64, answer: &Answer, out: &[u8]) -> io::Result<()> {
+fn send(
+    device: &File,
+    unique: u64,
+    answer: &Answer,
+    out: &[u8],
+    pipe: Option<&ReplyPipe>,
+) -> io::Result<()> {
     match answer {
         Answer::None => Ok(()),
         Answer::Status(Ok(())) => write_reply(device, unique, 0, &[]),
@@ -148,6 +194,17 @@ fn send(device: &File, unique: u64, answer: &Answer, out: &[u8]) -> io::Result<(
         Answer::Read(data) => {
             let mut slices = Vec::with_capacity(data.segments().len());
             gather(data, &mut slices);
+            if let Some(pipe) = pipe
+                && data.len() >= splice::MIN_BYTES
+            {
+                let header = reply_header(unique, 0, data.len())?;
+                let mut reply = Vec::with_capacity(slices.len() + 1);
+                reply.push(IoSlice::new(header.as_bytes()));
+                reply.extend(slices.iter().map(|slice| IoSlice::new(slice)));
+                if let Some(result) = pipe.send(device, &reply) {
+                    return result;
+                }
+            }
             if slices.len() < IOV_MAX {
                 return write_reply(device, unique, 0, &slices);
             }
@@ -175,10 +232,13 @@ fn gather<'a>(data: &'a ReadReply, slices: &mut Vec<IoSlice<'a>>) {
     }
 }
 
+fn reply_header(unique: u64, error: i32, len: usize) -> io::Result<OutHeader> {
+    let len = u32::try_from(size_of::<OutHeader>() + len).map_err(io::Error::other)?;
+    Ok(OutHeader { len, error, unique })
+}
+
 fn write_reply(device: &File, unique: u64, error: i32, data: &[IoSlice<'_>]) -> io::Result<()> {
-    let len = size_of::<OutHeader>() + data.iter().map(|slice| slice.len()).sum::<usize>();
-    let len = u32::try_from(len).map_err(io::Error::other)?;
-    let header = OutHeader { len, error, unique };
+    let header = reply_header(unique, error, data.iter().map(|slice| slice.len()).sum())?;
     let header = IoSlice::new(header.as_bytes());
     // The usual reply is one piece; only gathered reads need the heap.
     let result = match data {

@@ -74,6 +74,10 @@ pub struct Dispatcher {
     capabilities: Capabilities,
     timeouts: Timeouts,
     config: Config,
+    /// Whether rings stand ready, so that `INIT` may ask for them.
+    offer_uring: AtomicBool,
+    /// Whether the kernel has agreed to rings.
+    uring_agreed: AtomicBool,
     /// Set once nothing may reach the filesystem any more.
     gone: AtomicBool,
     /// [itself] How the unmount went, once it was tried.
@@ -99,10 +103,25 @@ impl Dispatcher {
             fs,
             timeouts,
             config: config.clone(),
+            offer_uring: AtomicBool::new(false),
+            uring_agreed: AtomicBool::new(false),
             gone: AtomicBool::new(false),
             unmounted: Mutex::new(None),
             after: Mutex::new(None),
         }
+    }
+
+    /// Says whether `INIT` may ask for FUSE over io_uring.
+    pub(crate) fn offer_uring(&self, offer: bool) {
+        self.offer_uring.store(offer, Ordering::Release); // PAIRS-WITH: wanted_flags
+        if !offer {
+            self.uring_agreed.store(false, Ordering::Release); // PAIRS-WITH: uring_agreed
+        }
+    }
+
+    /// Whether the kernel has agreed to FUSE over io_uring.
+    pub(crate) fn uring_agreed(&self) -> bool {
+        self.uring_agreed.load(Ordering::Acquire) // PAIRS-WITH: init
     }
 
     /// Has `after` run once the filesystem has unmounted, well or not, and before
@@ -267,6 +286,8 @@ impl Dispatcher {
             args.minor,
             wanted.difference(offered)
         );
+        let over_uring = agreed.contains(InitFlags::OVER_IO_URING);
+        self.uring_agreed.store(over_uring, Ordering::Release); // PAIRS-WITH: uring_agreed
         let bits = agreed.bits();
         let max_write = self.config.max_write();
         out.put(&abi::InitOut {
@@ -307,6 +328,8 @@ impl Dispatcher {
             flags |= InitFlags::POSIX_ACL | InitFlags::DONT_MASK;
         }
         flags.set(InitFlags::WRITEBACK_CACHE, self.config.writeback_cache);
+        let uring = self.offer_uring.load(Ordering::Acquire); // PAIRS-WITH: offer_uring
+        flags.set(InitFlags::OVER_IO_URING, uring);
         flags
     }
 

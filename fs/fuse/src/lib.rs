@@ -1,12 +1,12 @@
 //! The FUSE front: requests from `/dev/fuse` to a filesystem.
 //!
 //! `Pending` and [`Session`] mount and serve as root; [`fuser_front`] does it through
-//! fusermount3 for everybody else. Transports ([`devfuse`]) hand requests to the one
+//! fusermount3 for everybody else. Transports ([`devfuse`], [`uring`]) hand requests to the one
 //! [`Dispatcher`], which knows only the `uext_vfs` traits.
 //!
 //! Locks, outermost first: the dispatcher's unmount result, the session's list of
-//! workers. The first is held while the filesystem unmounts, neither for any other
-//! call of it.
+//! workers, the rings' lists of finished entries and the pool's queue. The first is
+//! held while the filesystem unmounts, none of them for any other call of it.
 
 pub mod abi;
 mod devfuse;
@@ -17,12 +17,14 @@ pub mod notify;
 pub mod null;
 pub mod reply;
 pub mod session;
+mod splice;
 mod sys;
+mod uring;
 
 pub use dispatch::{Dispatcher, Request};
 pub use notify::Notifier;
 pub use reply::{Answer, ReplyBuf};
-pub use session::{Config, Pending, Session, SessionError, Source, Stopper};
+pub use session::{Config, Pending, Session, SessionError, Source, Stopper, Transport};
 pub use sys::MountAttr;
 
 /// The page the protocol counts in.

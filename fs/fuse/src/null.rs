@@ -4,12 +4,12 @@
 //! what POSIX asks of names, links, data with holes and extended attributes; it
 //! leaves permissions to `default_permissions`.
 //!
-//! Locks: one, over everything.
+//! Locks: one, over everything; apart from it that of the gate for fsyncs.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use parking_lot::RwLock;
+use parking_lot::{Condvar, Mutex, RwLock};
 use uext_vfs::{
     Attr, Capabilities, Context, DirEntry, DirSink, Entry, Errno, FileHandle, FileKind, FileSystem,
     Ino, OpenReply, ReadReply, ReadSegment, RenameFlags, Result, SetAttr, SetTime, StatFs,
@@ -282,6 +282,15 @@ pub struct NullFs {
     state: RwLock<State>,
     stateless: bool,
     unmounts: AtomicU32,
+    fsyncs: Gate,
+}
+
+/// Where fsyncs wait while it is shut.
+#[derive(Default)]
+struct Gate {
+    /// [itself] Whether it is shut, and how many wait.
+    state: Mutex<(bool, usize)>,
+    opened: Condvar,
 }
 
 impl Default for NullFs {
@@ -314,12 +323,28 @@ impl NullFs {
         let content = Content::Directory(Directory::new(ROOT));
         state.nodes.insert(ROOT, Node { attr, content, xattrs: BTreeMap::new(), lookups: 1 });
         state.next = ROOT + 10;
-        Self { state: RwLock::new(state), stateless, unmounts: AtomicU32::new(0) }
+        Self {
+            state: RwLock::new(state),
+            stateless,
+            unmounts: AtomicU32::new(0),
+            fsyncs: Gate::default(),
+        }
     }
 
     /// How often it was unmounted; for tests.
     pub fn unmounts(&self) -> u32 {
         self.unmounts.load(Ordering::SeqCst)
+    }
+
+    /// Has fsyncs wait, as for a slow disk, until told otherwise; for tests.
+    pub fn hold_fsyncs(&self, hold: bool) {
+        self.fsyncs.state.lock().0 = hold;
+        self.fsyncs.opened.notify_all();
+    }
+
+    /// How many fsyncs wait; for tests.
+    pub fn held_fsyncs(&self) -> usize {
+        self.fsyncs.state.lock().1
     }
 
     /// Inodes in memory and their lookups in all, the root left out; for tests.
@@ -531,6 +556,12 @@ impl FileSystem for NullFs {
     }
 
     fn fsync(&self, _ctx: &Context, _ino: Ino, _fh: FileHandle, _datasync: bool) -> Result<()> {
+        let mut gate = self.fsyncs.state.lock();
+        gate.1 += 1;
+        while gate.0 {
+            self.fsyncs.opened.wait(&mut gate);
+        }
+        gate.1 -= 1;
         Ok(())
     }
 

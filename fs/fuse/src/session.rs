@@ -35,13 +35,30 @@ use crate::dispatch::{AfterUnmount, Dispatcher};
 use crate::mount_table;
 use crate::notify::Notifier;
 use crate::sys::{self, FsContext, MountAttr};
+use crate::uring::{self, Rings};
 
 /// Pages of the largest request: what the kernel allows at most by default.
 const MAX_PAGES: usize = 256;
 
+/// How requests come from the kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// By reads and writes of `/dev/fuse`.
+    #[default]
+    DevFuse,
+    /// By a ring per CPU; by `/dev/fuse` when that is not to be had.
+    Uring,
+    /// By rings where the kernel offers them, without a word where it does not.
+    Auto,
+}
+
 /// How to mount and serve.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// How requests come from the kernel.
+    pub transport: Transport,
+    /// Have the kernel offer rings, to all mounts of the machine. Needs root.
+    pub enable_uring: bool,
     /// Worker threads; `None`: one per CPU, 2 to 8.
     pub threads: Option<usize>,
     /// How long the kernel may keep a name.
@@ -70,6 +87,11 @@ pub struct Config {
     pub block_size: u32,
     /// How far the kernel reads ahead, KiB; `None`: its default.
     pub read_ahead_kb: Option<u32>,
+    /// Most of the machine's dirty pages that may be this mount's, percent; `None`: all of
+    /// them with `writeback_cache`, else the kernel's default.
+    pub max_ratio: Option<u8>,
+    /// Large reads are answered by splice from the pages they lie in (`/dev/fuse` only).
+    pub splice: bool,
     /// The subtype shown in the table of mounts.
     pub subtype: String,
     /// Further options for the kernel, such as `context`.
@@ -80,6 +102,8 @@ impl Default for Config {
     fn default() -> Self {
         const DAY: Duration = Duration::from_secs(24 * 60 * 60);
         Self {
+            transport: Transport::default(),
+            enable_uring: false,
             threads: None,
             entry_timeout: DAY,
             attr_timeout: DAY,
@@ -94,6 +118,8 @@ impl Default for Config {
             attributes: MountAttr::empty(),
             block_size: 4096,
             read_ahead_kb: Some(1024),
+            max_ratio: None,
+            splice: false,
             subtype: "uext".into(),
             extra: Vec::new(),
         }
@@ -239,7 +265,7 @@ impl Pending {
         };
         let mut session = Session {
             dispatcher,
-            workers: workers.0,
+            workers,
             control,
             notifier,
             mount_point: dir.to_owned(),
@@ -276,13 +302,17 @@ fn attach(
     let device = mount.device()?;
     // Device numbers of a file's metadata are libc's; both parts fit 32 bits.
     let device = (libc::major(device), libc::minor(device));
-    if let Some(kb) = config.read_ahead_kb {
-        let suffix = if block { "-fuseblk" } else { "" };
-        let bdi = format!("/sys/class/bdi/{}:{}{suffix}/read_ahead_kb", device.0, device.1);
-        if let Err(error) = std::fs::write(&bdi, kb.to_string()) {
-            log::debug!("{bdi}: {error}");
+    let max_ratio = config.max_ratio.or(config.writeback_cache.then_some(100));
+    let suffix = if block { "-fuseblk" } else { "" };
+    let bdi = format!("/sys/class/bdi/{}:{}{suffix}", device.0, device.1);
+    let tune = |name: &str, value: Option<u32>| {
+        let Some(value) = value else { return };
+        if let Err(error) = std::fs::write(format!("{bdi}/{name}"), value.to_string()) {
+            log::debug!("{bdi}/{name}: {error}");
         }
-    }
+    };
+    tune("read_ahead_kb", config.read_ahead_kb);
+    tune("max_ratio", max_ratio.map(u32::from));
     mount.attach(dir)?;
     Ok(device)
 }
@@ -328,8 +358,12 @@ fn loop_over(image: &Path, read_only: bool) -> io::Result<(String, File)> {
     Err(io::Error::new(io::ErrorKind::ResourceBusy, "no loop device stays free"))
 }
 
-/// The worker threads of a session.
-struct Workers(Vec<JoinHandle<io::Result<()>>>);
+/// The threads of a session.
+struct Workers {
+    threads: Vec<JoinHandle<io::Result<()>>>,
+    /// The rings' other half, when requests come by rings.
+    rings: Option<uring::Live>,
+}
 
 impl Workers {
     fn start(
@@ -337,33 +371,116 @@ impl Workers {
         dispatcher: &Arc<Dispatcher>,
         config: &Config,
     ) -> io::Result<(Self, Arc<Control>)> {
-        let max_write = config.max_write();
         sys::install_kick()?;
-        devfuse::handshake(device, dispatcher, max_write)?;
         let control = Arc::new(Control::default());
-        let mut workers = Vec::new();
+        let mut workers = Self { threads: Vec::new(), rings: None };
+        let rings = prepare_rings(device, dispatcher, &control, config);
+        dispatcher.offer_uring(rings.is_some());
+        devfuse::handshake(device, dispatcher, config.max_write())?;
+        // A kernel that didn't agree would refuse the entries.
+        let rings = rings.filter(|_| dispatcher.uring_agreed());
+        match rings.map(Rings::go_live) {
+            Some(Ok(mut live)) => {
+                workers.threads.append(&mut live.threads);
+                workers.rings = Some(live);
+                let lazy = device.clone();
+                workers.spawn("fuse-forget", device_worker(lazy, dispatcher, &control, config))?;
+                return Ok((workers, control));
+            }
+            Some(Err(error)) => {
+                dispatcher.offer_uring(false);
+                log::warn!("no FUSE over io_uring, using /dev/fuse: {error}");
+            }
+            None => {}
+        }
         for index in 0..config.worker_count() {
             let device = if index == 0 { device.clone() } else { clone_device(device) };
-            let (dispatcher, control) = (dispatcher.clone(), control.clone());
-            let work = move || {
-                let _guard = AbortOnPanic;
-                sys::set_io_flusher();
-                let state = control.enter();
-                let result = devfuse::serve(&device, &dispatcher, &control.stop, &state, max_write);
-                control.leave();
-                result
-            };
-            match std::thread::Builder::new().name(format!("fuse-{index}")).spawn(work) {
-                Ok(thread) => workers.push(thread),
-                Err(error) if workers.is_empty() => return Err(error),
+            let work = device_worker(device, dispatcher, &control, config);
+            match workers.spawn(&format!("fuse-{index}"), work) {
+                Ok(()) => {}
+                Err(error) if workers.threads.is_empty() => return Err(error),
                 Err(error) => {
                     log::warn!("only {index} worker threads: {error}");
                     break;
                 }
             }
         }
-        Ok((Self(workers), control))
+        Ok((workers, control))
     }
+
+    fn spawn(
+        &mut self,
+        name: &str,
+        work: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> io::Result<()> {
+        self.threads.push(std::thread::Builder::new().name(name.to_owned()).spawn(work)?);
+        Ok(())
+    }
+
+    /// Waits for all of them; the last error.
+    fn join(self) -> Option<io::Error> {
+        let mut failed = None;
+        for thread in self.threads {
+            match thread.join() {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => failed = Some(error),
+                Err(_) => failed = Some(io::Error::other("a worker panicked")),
+            }
+        }
+        if let Some(rings) = self.rings {
+            rings.close();
+        }
+        failed
+    }
+}
+
+/// Serves what comes through the device: everything, or, with rings, the rest.
+fn device_worker(
+    device: Arc<File>,
+    dispatcher: &Arc<Dispatcher>,
+    control: &Arc<Control>,
+    config: &Config,
+) -> impl FnOnce() -> io::Result<()> + Send + 'static {
+    let (dispatcher, control) = (dispatcher.clone(), control.clone());
+    let (max_write, splice) = (config.max_write(), config.splice);
+    let lazily = dispatcher.uring_agreed();
+    move || {
+        let _guard = AbortOnPanic;
+        sys::set_io_flusher();
+        let waiting = control.enter();
+        let served = devfuse::Served {
+            dispatcher: &dispatcher,
+            stop: &control.stop,
+            waiting: &waiting,
+            max_write,
+            lazily,
+            splice,
+        };
+        let result = served.serve(&device);
+        control.leave();
+        result
+    }
+}
+
+/// Makes the rings when they are wanted and the kernel offers them.
+fn prepare_rings(
+    device: &Arc<File>,
+    dispatcher: &Arc<Dispatcher>,
+    control: &Arc<Control>,
+    config: &Config,
+) -> Option<Rings> {
+    match config.transport {
+        Transport::DevFuse => return None,
+        Transport::Auto if !uring::is_enabled() => return None,
+        Transport::Uring if config.enable_uring && !uring::is_enabled() => match uring::enable() {
+            Ok(()) => log::warn!("FUSE over io_uring is switched on for the whole system"),
+            Err(error) => log::warn!("{}: {error}", uring::ENABLE),
+        },
+        Transport::Auto | Transport::Uring => {}
+    }
+    Rings::prepare(device, dispatcher, control, config)
+        .inspect_err(|error| log::warn!("no FUSE over io_uring, using /dev/fuse: {error}"))
+        .ok()
 }
 
 /// Another descriptor of the connection, with a queue of its own; the same one where
@@ -381,7 +498,7 @@ fn clone_device(session: &Arc<File>) -> Arc<File> {
 
 /// A panic has left the filesystem in a state nobody knows. What is on the disk is
 /// safe, for the journal is written to survive a stop at any point; going on is not.
-struct AbortOnPanic;
+pub(crate) struct AbortOnPanic;
 
 impl Drop for AbortOnPanic {
     fn drop(&mut self) {
@@ -395,7 +512,7 @@ impl Drop for AbortOnPanic {
 
 /// How workers are stopped.
 #[derive(Default)]
-struct Control {
+pub(crate) struct Control {
     /// Set for good once the workers are to end.
     stop: AtomicBool,
     /// [itself] The workers that run, each with whether it waits for a request.
@@ -404,20 +521,25 @@ struct Control {
 
 impl Control {
     /// Enters the calling thread.
-    fn enter(&self) -> Arc<AtomicBool> {
+    pub(crate) fn enter(&self) -> Arc<AtomicBool> {
         let waiting = Arc::new(AtomicBool::new(false));
         self.workers.lock().push((pthread_self(), waiting.clone()));
         waiting
     }
 
     /// Takes the calling thread out.
-    fn leave(&self) {
+    pub(crate) fn leave(&self) {
         let this = pthread_self();
         self.workers.lock().retain(|(thread, _)| *thread != this);
     }
 
+    /// Whether workers are to end.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stop.load(Ordering::SeqCst) // PAIRS-WITH: stop
+    }
+
     /// Tells all workers to end after what they are doing.
-    fn stop(&self) {
+    pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::SeqCst); // PAIRS-WITH: devfuse::serve
         while self.kick() {
             std::thread::sleep(Duration::from_millis(5));
@@ -442,7 +564,7 @@ impl Control {
 /// A mount that is served.
 pub struct Session {
     dispatcher: Arc<Dispatcher>,
-    workers: Vec<JoinHandle<io::Result<()>>>,
+    workers: Workers,
     control: Arc<Control>,
     notifier: Notifier,
     mount_point: PathBuf,
@@ -453,6 +575,11 @@ impl Session {
     /// The filesystem's device number, major and minor, as the table of mounts has it.
     pub fn device(&self) -> (u32, u32) {
         self.device
+    }
+
+    /// Whether requests come by rings.
+    pub fn is_over_uring(&self) -> bool {
+        self.workers.rings.is_some()
     }
 
     /// A way to tell the kernel of changes.
@@ -474,14 +601,7 @@ impl Session {
     /// # Errors
     /// The filesystem's own from its unmount: the image may not be clean.
     pub fn wait(self) -> Result<(), SessionError> {
-        let mut failed = None;
-        for worker in self.workers {
-            match worker.join() {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => failed = Some(error),
-                Err(_) => failed = Some(io::Error::other("a worker panicked")),
-            }
-        }
+        let failed = self.workers.join();
         // DESTROY has done it, except for plain fuse and after an abort.
         self.dispatcher.unmount().map_err(SessionError::Unmount)?;
         detach(&self.mount_point, self.device);

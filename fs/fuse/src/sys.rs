@@ -1,5 +1,5 @@
 //! The system calls that have no safe wrapper elsewhere; all of the crate's unsafe
-//! code.
+//! code but that of the rings (`uring::ring`).
 
 use std::ffi::{CStr, CString};
 use std::fs::File;

@@ -18,7 +18,7 @@ use nix::mount::{MntFlags, umount2};
 use nix::unistd::linkat;
 use uext_fuse::fuser_front::FuserMount;
 use uext_fuse::null::NullFs;
-use uext_fuse::{Config, Pending, SessionError, Source, Stopper, mount_table};
+use uext_fuse::{Config, Pending, SessionError, Source, Stopper, Transport, mount_table};
 
 /// A mount that goes when the test does.
 struct TestMount {
@@ -68,7 +68,13 @@ fn mount_fs(kind: &Kind, config: &Config, fs: NullFs) -> Option<TestMount> {
         Kind::Plain => Source::Name("nothing".into()),
     };
     let fs = Arc::new(fs);
-    let session = Pending::create(&source, config).unwrap().serve(fs.clone(), &dir).unwrap();
+    let mut config = config.clone();
+    if let Ok(transport) = std::env::var("UEXT_TEST_TRANSPORT") {
+        assert_eq!(transport, "uring", "UEXT_TEST_TRANSPORT");
+        config.transport = Transport::Uring;
+    }
+    let session = Pending::create(&source, &config).unwrap().serve(fs.clone(), &dir).unwrap();
+    assert_eq!(session.is_over_uring(), config.transport == Transport::Uring);
     let stopper = session.stopper();
     let session = Some(std::thread::spawn(move || session.wait()));
     Some(TestMount { fs, dir, stopper, session, _scratch: scratch })
@@ -133,6 +139,30 @@ const LISTED: &str = ". ./d ./d/e ./d/h ./d/i ./d/n ./d/p ./d/s ";
 fn the_usual_programs_work_as_fuseblk() {
     let Some(mount) = mount(&Kind::Block, &Config::default()) else { return };
     assert_eq!(mount.sh(NAMES), LISTED);
+    mount.umount();
+}
+
+/// Replies by splice: whole pages, parts of them, holes, and more than the pipe takes.
+#[test]
+fn spliced_replies_have_the_data() {
+    let config = Config { splice: true, ..Config::default() };
+    let Some(mount) = mount(&Kind::Block, &config) else { return };
+    let path = mount.dir.join("file");
+    let mut data: Vec<u8> = (0..5_000_000u32).map(|n| (n / 3) as u8).collect();
+    data[1_000_000..2_500_000].fill(0);
+    let file = File::options().create_new(true).read(true).write(true).open(&path).unwrap();
+    file.write_all_at(&data[..1_000_000], 0).unwrap();
+    file.write_all_at(&data[2_500_000..], 2_500_000).unwrap();
+    drop(file);
+    // Past the kernel's cache, which has it all from the writes.
+    let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&path).unwrap();
+    let mut all = vec![0; data.len()];
+    direct.read_exact_at(&mut all, 0).unwrap();
+    assert!(all == data);
+    let mut part = vec![0; 300_000];
+    direct.read_exact_at(&mut part, 999_000).unwrap();
+    assert!(part == data[999_000..1_299_000]);
+    drop(direct);
     mount.umount();
 }
 
