@@ -7,10 +7,10 @@ DEMO_DIR ?= /var/tmp/uext-demo
 
 UEXT := $(or $(CARGO_TARGET_DIR),target)/release/uext
 
-.PHONY: help all deps check test demo install uninstall fuzz bench clean
+.PHONY: help all deps check test demo install uninstall fuzz bench bench-micro test-uring clean
 
 help: ## This list
-	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
 
 all: ## Build the release program
 	$(CARGO) build --release -p uext-tools
@@ -34,18 +34,24 @@ install: all ## Install the program, its names and man pages under PREFIX
 	for name in mkfs.uext fsck.uext; do ln -sf ../bin/uext $(DESTDIR)$(PREFIX)/sbin/$$name || exit 1; done
 	for name in mount.fuse.uext umount.fuse.uext; do ln -sf $(PREFIX)/bin/uext $(DESTDIR)/sbin/$$name || exit 1; done
 	install -Dm644 -t $(DESTDIR)$(PREFIX)/share/man/man1 tools/man/uext.1
-	install -Dm644 -t $(DESTDIR)$(PREFIX)/share/man/man8 tools/man/uext-mount.8 tools/man/uext-umount.8
+	install -Dm644 -t $(DESTDIR)$(PREFIX)/share/man/man8 tools/man/uext-mount.8 tools/man/uext-umount.8 tools/man/uext-bench-dev.8
 
 uninstall: ## Remove what `make install` installed
 	rm -f $(DESTDIR)$(PREFIX)/bin/uext $(DESTDIR)$(PREFIX)/sbin/mkfs.uext $(DESTDIR)$(PREFIX)/sbin/fsck.uext
-	rm -f $(DESTDIR)$(PREFIX)/share/man/man1/uext.1 $(DESTDIR)$(PREFIX)/share/man/man8/uext-mount.8 $(DESTDIR)$(PREFIX)/share/man/man8/uext-umount.8
+	rm -f $(DESTDIR)$(PREFIX)/share/man/man1/uext.1 $(DESTDIR)$(PREFIX)/share/man/man8/uext-mount.8 $(DESTDIR)$(PREFIX)/share/man/man8/uext-umount.8 $(DESTDIR)$(PREFIX)/share/man/man8/uext-bench-dev.8
 	rm -f $(DESTDIR)/sbin/mount.fuse.uext $(DESTDIR)/sbin/umount.fuse.uext
 
 fuzz: ## Build the fuzz targets (cargo-fuzz)
 	cd tests/fuzz && $(CARGO) fuzz build -s none
 
 bench: all ## Compare with kernel ext4 and fuse2fs (root)
-	@tests/scripts/bench.sh $(UEXT)
+	@tests/scripts/bench.sh $(UEXT) $(BENCH_ARGS)
+
+bench-micro: ## Time the hot parts alone (criterion)
+	$(CARGO) bench -p uext-tests --bench micro
+
+test-uring: ## The tests of mounts, over FUSE over io_uring (root)
+	@tests/scripts/test-uring.sh $(CARGO)
 
 clean: ## Remove build products
 	$(CARGO) clean

@@ -14,6 +14,7 @@ use uext_blockdev::BlockDevice;
 use uext_ext4::{Ext4, MountOptions};
 use uext_vfs::FileSystem;
 
+use crate::bench_dev::{self, BenchDevArgs};
 use crate::mount::{self, Mount};
 use crate::mount_options::{self, MountRequest};
 use crate::umount::{self, UmountOptions};
@@ -44,6 +45,8 @@ enum Command {
     Mount(MountArgs),
     /// Unmount; returns when the image is clean
     Umount(UmountArgs),
+    /// Compare the engines of the block layer on a file or device
+    BenchDev(BenchDevArgs),
 }
 
 /// Arguments that another part of the program reads.
@@ -78,7 +81,7 @@ struct MountArgs {
     /// Threads that serve requests (default: one per CPU, 2 to 8)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     threads: Option<u16>,
-    /// How the image is read and written: auto, uring or sync
+    /// How the image is read and written: auto, uring, aio or sync
     #[arg(long, value_name = "ENGINE", value_parser = mount_options::engine)]
     engine: Option<uext_blockdev::file::Engine>,
     /// More messages (RUST_LOG sets them one by one)
@@ -97,6 +100,11 @@ Options of -o, as for the kernel's ext4 where not said otherwise:
   writeback_cache    let the kernel delay writes: faster small writes
   allow_other        let other users in (as root the default; noallow_other: not)
   read_ahead_kb=N    how far the kernel reads ahead (1024)
+  max_ratio=PERCENT  share of dirty pages the mount may have (100 with writeback_cache)
+  transport=devfuse|uring|auto   how requests come (devfuse); uring needs the kernel's
+                     enable_uring, which the option enable_uring switches on for all
+  no_open, open      whether the kernel leaves opens out (no_open)
+  splice             reply to large reads by splice (nosplice)
   portable           mount through fusermount3, as for users without root
 
 Exit status: 0 the mount is live, 1 usage, 32 failure (said in one line).";
@@ -208,6 +216,7 @@ fn run(command: Command) -> i32 {
             let options = UmountOptions { lazy: args.lazy, force: args.force };
             report(umount::umount(&args.target, options).map_err(Failure::Failed))
         }
+        Command::BenchDev(args) => report(bench_dev::run(&args).map_err(Failure::Failed)),
     }
 }
 

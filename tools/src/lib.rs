@@ -1,6 +1,7 @@
 //! uext: mkfs, fsck, mount and more, one program
 #![forbid(unsafe_code)]
 
+pub mod bench_dev;
 pub mod cli;
 pub mod fsck;
 pub mod logging;
