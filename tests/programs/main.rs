@@ -13,6 +13,7 @@ use uext_tests::scratch::{Kind, Scratch, assert_clean};
 mod builds;
 mod fsx;
 mod git;
+mod huge;
 mod mapping;
 mod mmap;
 mod sqlite;
