@@ -15,6 +15,11 @@
 //! COOP_TASKRUN on the shared ring: completions are posted in the context of the
 //! submitting thread, which may compute for long before its next system call.
 //!
+//! No fixed buffers either: a bio's pages are scattered, the kernel has had a vectored
+//! request on registered memory only since 6.15, and what it would save (finding the
+//! pages, 2 % of a request at most) is not to be seen beside a disk. No DEFER_TASKRUN,
+//! which binds a ring to one thread: threads that wait share a pool of rings.
+//!
 //! Invariants:
 //! - Each flight in the ring has one entry at a time, and the ring has an entry for
 //!   each flight and one to stop, so neither queue can overflow.

@@ -142,6 +142,20 @@ fn the_usual_programs_work_as_fuseblk() {
     mount.umount();
 }
 
+#[test]
+fn what_is_tuned_after_the_mount_is_in_sysfs() {
+    let config = Config { read_ahead_kb: Some(2048), max_ratio: Some(40), ..Config::default() };
+    for (kind, suffix) in [(Kind::Block, "-fuseblk"), (Kind::Plain, "")] {
+        let Some(mount) = mount(&kind, &config) else { return };
+        let device = fs::metadata(&mount.dir).unwrap().dev();
+        let (major, minor) = (libc::major(device), libc::minor(device));
+        let bdi = PathBuf::from(format!("/sys/class/bdi/{major}:{minor}{suffix}"));
+        let read = |name: &str| fs::read_to_string(bdi.join(name)).unwrap().trim().to_owned();
+        assert_eq!((read("read_ahead_kb"), read("max_ratio")), ("2048".into(), "40".into()));
+        mount.umount();
+    }
+}
+
 /// Replies by splice: whole pages, parts of them, holes, and more than the pipe takes.
 #[test]
 fn spliced_replies_have_the_data() {
