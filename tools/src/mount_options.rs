@@ -88,6 +88,13 @@ impl MountRequest {
                     _ => return Err("ordered, journal or writeback".into()),
                 });
             }
+            "data_err" => {
+                ext4.data_err_abort = match given()? {
+                    "abort" => true,
+                    "ignore" => false,
+                    _ => return Err("abort or ignore".into()),
+                }
+            }
             "errors" => {
                 ext4.errors = Some(match given()? {
                     "continue" => ErrorsPolicy::Continue,
@@ -186,6 +193,8 @@ impl MountRequest {
             "nobarrier" => ext4.barrier = false,
             "norecovery" | "noload" => ext4.norecovery = true,
             "force" => ext4.force = true,
+            "auto_da_alloc" => ext4.auto_da_alloc = true,
+            "noauto_da_alloc" => ext4.auto_da_alloc = false,
             "user_xattr" => ext4.user_xattr = true,
             "nouser_xattr" => ext4.user_xattr = false,
             "acl" => ext4.acl = true,
@@ -233,7 +242,7 @@ fn consumed_by_mount(key: &str) -> bool {
 
 /// Options of the kernel's ext4 that change its speed or habits, not what is on the disk.
 fn is_tuning_knob(key: &str) -> bool {
-    const KEYS: [&str; 32] = [
+    const KEYS: [&str; 30] = [
         "discard",
         "nodiscard",
         "delalloc",
@@ -241,8 +250,6 @@ fn is_tuning_knob(key: &str) -> bool {
         "stripe",
         "inode_readahead_blks",
         "journal_ioprio",
-        "auto_da_alloc",
-        "noauto_da_alloc",
         "max_batch_time",
         "min_batch_time",
         "lazytime",

@@ -19,8 +19,8 @@
 
 use std::sync::atomic::Ordering;
 
-use uext_blockdev::BioFlags;
-use uext_jbd2::JournalError;
+use uext_blockdev::{BioFlags, BlkStatus};
+use uext_jbd2::{IoWhat, JournalError};
 use uext_ondisk::InodeNumber;
 use uext_ondisk::error::CorruptKind;
 use uext_ondisk::superblock::{
@@ -41,9 +41,6 @@ mod code {
     pub const ENOSPC: u8 = 6;
 }
 
-/// Called once when an error has made the filesystem read-only.
-pub type OnReadOnly = Box<dyn Fn() + Send + Sync>;
-
 impl Ext4 {
     /// `EROFS` once an error has stopped everything that writes.
     pub(crate) fn stopped(&self) -> Result<()> {
@@ -52,12 +49,6 @@ impl Ext4 {
         }
         // WHY-RELAXED: set once, and whoever must not miss it asks the journal.
         if self.stopped.load(Ordering::Relaxed) { Err(Errno::EROFS.into()) } else { Ok(()) }
-    }
-
-    /// Calls `f` when an error makes the filesystem read-only, so that mount(8) may show it.
-    /// `f` is called under locks: it waits for nothing of this filesystem.
-    pub fn on_read_only(&self, f: OnReadOnly) {
-        *self.on_read_only.lock() = Some(f);
     }
 
     /// Logs an error with its place; damage is recorded, and `errors=` obeyed.
@@ -125,6 +116,28 @@ impl Ext4 {
             self.panic();
         }
         self.stop("the journal was aborted");
+    }
+
+    /// Data could not be written: `data_err=`.
+    pub(crate) fn data_write_failed(&self, status: BlkStatus) {
+        if self.options.data_err_abort && self.journal.has_journal() {
+            self.journal.abort(JournalError::Io { what: IoWhat::WriteFs, block: 0, status });
+        }
+    }
+
+    /// A flush of the device failed.
+    pub(crate) fn flush_failed(&self, status: BlkStatus) {
+        if self.journal.has_journal() {
+            self.journal.abort(JournalError::Io { what: IoWhat::Flush, block: 0, status });
+            return;
+        }
+        log::error!("{}: flushing the device failed: {status}", self.name);
+        let (code, func) = (code::EIO, "flush".into());
+        self.record(&ErrorRecord { code, func, ..ErrorRecord::default() });
+        if self.errors_policy() == ErrorsPolicy::Panic {
+            self.panic();
+        }
+        self.stop("what the device was given may be lost");
     }
 
     /// Refuses every change from here on.
@@ -199,7 +212,7 @@ pub(crate) fn earlier_errors(sb: &Superblock) -> Option<String> {
     };
     let count = sb.error_count();
     Some(format!(
-        "{count} errors recorded earlier: first {}, last {}; run e2fsck",
+        "errors recorded earlier: {count}, first {}, last {}; run e2fsck",
         say(&first),
         say(&last)
     ))

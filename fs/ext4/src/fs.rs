@@ -12,8 +12,8 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 use uext_jbd2::{Handle, Journal};
-use uext_ondisk::superblock::{ErrorRecord, SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, State, Superblock};
-use uext_ondisk::{FsBlock, InodeNumber};
+use uext_ondisk::FsBlock;
+use uext_ondisk::superblock::{SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, Superblock};
 use uext_pagecache::{Buffer, BufferCache, PageCache};
 use uext_vfs::{Errno, Timestamp};
 
@@ -21,7 +21,7 @@ use crate::balloc::Space;
 use crate::error::{Error, Result};
 use crate::groups::Groups;
 use crate::inode::{Inode, InodeCache};
-use crate::options::{DataMode, ErrorsPolicy, MountOptions};
+use crate::options::{DataMode, MountOptions};
 use crate::orphan::OrphanList;
 use crate::readdir::Ties;
 use crate::system_zone::SystemZone;
@@ -58,6 +58,14 @@ pub struct Ext4 {
     pub(crate) read_only: AtomicBool,
     /// An error was recorded: the image is not marked clean at unmount.
     pub(crate) had_error: AtomicBool,
+    /// Errors recorded in memory have not been given to a transaction.
+    pub(crate) errors_pending: AtomicBool,
+    /// An error has stopped everything that writes: fsync fails from then on.
+    pub(crate) stopped: AtomicBool,
+    /// Called when an error makes it read-only.
+    pub(crate) on_read_only: Mutex<Option<Box<dyn Fn() + Send + Sync>>>,
+    /// Files that were truncated to nothing and are being written again (`auto_da_alloc`).
+    pub(crate) replaced: Mutex<Vec<Weak<Inode>>>,
 }
 
 impl Ext4 {
@@ -153,54 +161,6 @@ impl Ext4 {
         sb.set_free_blocks_count(blocks);
         sb.set_free_inodes_count(inodes);
         Ok(())
-    }
-
-    /// Logs an error with its place, and does what `errors=` says when the image is damaged.
-    pub(crate) fn report(&self, inode: Option<InodeNumber>, error: &Error) {
-        let place = inode.map(|ino| format!(" inode {ino}:")).unwrap_or_default();
-        match error {
-            Error::Errno(_) => return,
-            Error::Corrupt(_) => log::error!("{}:{place} damaged: {error}", self.name),
-            Error::Blk(_) | Error::Journal(_) => log::error!("{}:{place} {error}", self.name),
-        }
-        let Error::Corrupt(corrupt) = error else { return };
-        if self.is_read_only() {
-            return;
-        }
-        self.had_error.store(true, Ordering::Relaxed);
-        {
-            let mut sb = self.live_super.lock();
-            let state = sb.state() | State::ERROR;
-            sb.set_state(state);
-            sb.record_error(&ErrorRecord {
-                time: u64::try_from(Timestamp::now().sec).unwrap_or(0),
-                code: 0,
-                inode: inode.or(corrupt.inode).map_or(0, |ino| ino.0),
-                block: corrupt.block.map_or(0, |block| block.0),
-                func: String::from(corrupt.what),
-                line: 0,
-            });
-        }
-        match self.errors_policy() {
-            ErrorsPolicy::Continue => {}
-            ErrorsPolicy::RemountRo => {
-                log::error!("{}: remounted read-only (errors=remount-ro)", self.name);
-                self.read_only.store(true, Ordering::Relaxed);
-            }
-            ErrorsPolicy::Panic => {
-                log::error!("{}: stopping (errors=panic)", self.name);
-                std::process::abort();
-            }
-        }
-    }
-
-    fn errors_policy(&self) -> ErrorsPolicy {
-        use uext_ondisk::superblock::ErrorsPolicy as OnDisk;
-        self.options.errors.unwrap_or(match self.sb.errors_policy() {
-            OnDisk::Continue => ErrorsPolicy::Continue,
-            OnDisk::Panic => ErrorsPolicy::Panic,
-            OnDisk::RemountRo => ErrorsPolicy::RemountRo,
-        })
     }
 
     /// Where to look for an inode's first blocks: the start of its group, staggered so that

@@ -1,10 +1,15 @@
 //! fsync(2): a file's data and what is needed to find it, durable.
 
+use std::sync::Arc;
+
 use uext_vfs::{Errno, FileKind};
 
 use crate::error::{Error, Result};
 use crate::fs::Ext4;
 use crate::inode::Inode;
+
+/// Most truncated files remembered until the next commit.
+const MAX_REPLACED: usize = 1024;
 
 impl Ext4 {
     /// Makes a file or directory durable: data, inode, and every change of its metadata before
@@ -14,9 +19,7 @@ impl Ext4 {
     /// How writing, the journal or the flush failed; a write error that nobody was told of yet.
     /// `EROFS` once the journal was aborted.
     pub(crate) fn sync_inode(&self, inode: &Inode, datasync: bool) -> Result<()> {
-        if let Some(why) = self.journal.aborted() {
-            return Err(why.into());
-        }
+        self.stopped()?;
         if self.is_read_only() {
             return Ok(());
         }
@@ -24,6 +27,7 @@ impl Ext4 {
         let told = inode.mapping.errseq().check_and_advance(&mut inode.data.reported.lock());
         written?;
         told.map_err(|error| Error::Errno(Errno(error.errno())))?;
+        self.flush_replaced(Some(inode));
         self.sync_metadata(inode, datasync)
     }
 
@@ -42,16 +46,41 @@ impl Ext4 {
         }
         let tid = if datasync { &inode.datasync_tid } else { &inode.sync_tid }.load(Relaxed);
         // A commit under way may have flushed before this file's data was written: only one that
-        // begins now stands for a flush.
-        let covers = self.journal.running_tid() == Some(tid);
-        self.journal.commit(tid)?;
-        if covers { Ok(()) } else { self.barrier() }
+        // began after this call stands for a flush.
+        if self.journal.commit_covering(tid)? { Ok(()) } else { self.barrier() }
     }
 
-    fn barrier(&self) -> Result<()> {
-        if self.options.barrier {
-            self.buffers.flush_device()?;
+    /// Flushes the device. A failure is final: what the device has lost no later flush
+    /// brings back, so none may be believed.
+    pub(crate) fn barrier(&self) -> Result<()> {
+        if !self.options.barrier {
+            return Ok(());
         }
+        self.buffers.flush_device().inspect_err(|&status| self.flush_failed(status))?;
         Ok(())
+    }
+
+    /// A file was truncated to nothing, perhaps to be written anew.
+    pub(crate) fn note_replaced(&self, inode: &Arc<Inode>) {
+        let mut files = self.replaced.lock();
+        // Beyond the bound a file is like any other: written by the flusher.
+        if files.len() < MAX_REPLACED {
+            files.push(Arc::downgrade(inode));
+        }
+    }
+
+    /// Writes data of files that were truncated to nothing and written again, so that the
+    /// commit that follows maps it: after a crash they are old or new, and empty only when
+    /// the commit came in between. `except` does it itself. Errors are kept for the files'
+    /// own fsync.
+    pub(crate) fn flush_replaced(&self, except: Option<&Inode>) {
+        let files = std::mem::take(&mut *self.replaced.lock());
+        for inode in files.iter().filter_map(std::sync::Weak::upgrade) {
+            if except.is_none_or(|other| other.ino != inode.ino)
+                && let Err(error) = self.flush_data(&inode)
+            {
+                log::debug!("{}: inode {}: {error}", self.name, inode.ino);
+            }
+        }
     }
 }

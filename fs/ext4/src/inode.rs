@@ -324,6 +324,14 @@ impl Ext4 {
 
     /// Writes an inode's attributes into its table block under a handle.
     pub(crate) fn mark_inode_dirty(&self, handle: &Handle, inode: &Inode) -> Result<()> {
+        self.mark_attributes_dirty(handle, inode)?;
+        inode.note_tid(handle.tid(), true);
+        Ok(())
+    }
+
+    /// As [`Ext4::mark_inode_dirty`], when nothing changed that is needed to find the data:
+    /// fdatasync does not wait for the transaction.
+    pub(crate) fn mark_attributes_dirty(&self, handle: &Handle, inode: &Inode) -> Result<()> {
         let (buf, offset) = self.inode_buffer(inode.ino)?;
         let mut bytes = handle.write(&buf)?;
         let size = usize::from(self.sb.inode_size());
@@ -340,7 +348,7 @@ impl Ext4 {
             core.lazy_dirty = false;
         }
         raw.seal(&self.sb, inode.ino);
-        inode.note_tid(handle.tid(), true);
+        inode.note_tid(handle.tid(), false);
         Ok(())
     }
 
@@ -356,7 +364,7 @@ impl Ext4 {
             return Ok(());
         }
         let handle = self.start(credits::SETATTR)?;
-        self.mark_inode_dirty(&handle, inode)
+        self.mark_attributes_dirty(&handle, inode)
     }
 
     /// Notes a read in the access time, as the mount's policy says.

@@ -41,6 +41,7 @@ mod balloc;
 mod credits;
 mod delayed;
 mod dir;
+mod errors;
 mod extents;
 mod extents_remove;
 mod fallocate;

@@ -21,6 +21,7 @@ use uext_pagecache::{BufferCache, CacheConfig, PageCache};
 use uext_vfs::Timestamp;
 
 use crate::error::{Error, Result};
+use crate::errors::earlier_errors;
 use crate::fs::Ext4;
 use crate::gate::{self, MountError};
 use crate::groups::Groups;
@@ -59,6 +60,9 @@ impl Ext4 {
         let sb = super_source::read_primary(dev.as_ref())?;
         let verdict = gate::check(&sb, &options)?;
         journal_data::check_mode(&options, &sb, verdict.read_only)?;
+        if let Some(errors) = earlier_errors(&sb) {
+            log::warn!("{name}: {errors}");
+        }
         if let Some(reason) = &verdict.reason {
             log::warn!("{name}: mounted read-only: {reason}");
         }
@@ -134,11 +138,27 @@ impl Ext4 {
             rename: Mutex::new(()),
             read_only: AtomicBool::new(read_only),
             had_error: AtomicBool::new(false),
+            errors_pending: AtomicBool::new(false),
+            stopped: AtomicBool::new(false),
+            on_read_only: Mutex::new(None),
+            replaced: Mutex::default(),
         });
         let weak = Arc::downgrade(&fs);
         fs.journal.on_commit(Box::new(move |tid| {
             if let Some(fs) = weak.upgrade() {
                 fs.release_freed(tid);
+            }
+        }));
+        let weak = Arc::downgrade(&fs);
+        fs.journal.on_abort(Box::new(move |why| {
+            if let Some(fs) = weak.upgrade() {
+                fs.journal_aborted(why);
+            }
+        }));
+        let weak = Arc::downgrade(&fs);
+        fs.journal.before_commit(Box::new(move || {
+            if let Some(fs) = weak.upgrade() {
+                fs.flush_replaced(None);
             }
         }));
         Ok(fs)
@@ -161,9 +181,11 @@ impl Ext4 {
 
     /// Writes all data, inodes and metadata; everything before is durable when it returns.
     pub(crate) fn sync_all(&self) -> Result<()> {
+        self.stopped()?;
         if self.is_read_only() {
             return Ok(());
         }
+        self.store_errors();
         let mut first_error = None;
         for inode in self.inodes.all() {
             let written = self.flush_data(&inode).and_then(|()| self.write_lazy(&inode));
@@ -177,9 +199,7 @@ impl Ext4 {
         } else {
             self.buffers.write_dirty()?;
         }
-        if self.options.barrier {
-            self.buffers.flush_device()?;
-        }
+        self.barrier()?;
         first_error.map_or(Ok(()), Err)
     }
 

@@ -50,6 +50,11 @@ pub struct MountOptions {
     pub errors: Option<ErrorsPolicy>,
     /// `data=`; the superblock's default (`tune2fs -o`) when not given, else ordered.
     pub data_mode: Option<DataMode>,
+    /// `data_err=abort`: data that cannot be written aborts the journal.
+    pub data_err_abort: bool,
+    /// `auto_da_alloc`: the data of a file that replaces another, by rename or by truncation,
+    /// is written before that is committed.
+    pub auto_da_alloc: bool,
     /// `commit=`: the longest time a finished change stays in memory only.
     pub commit_interval: Duration,
     /// Flush the disk's cache where the promises need it.
@@ -79,6 +84,8 @@ impl Default for MountOptions {
             force: false,
             errors: None,
             data_mode: None,
+            data_err_abort: false,
+            auto_da_alloc: true,
             commit_interval: Duration::from_secs(5),
             barrier: true,
             cache_bytes: None,

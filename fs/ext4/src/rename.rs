@@ -80,7 +80,7 @@ impl Ext4 {
         check_name(from.name)?;
         check_name(to.name)?;
         self.check_writable()?;
-        if !flags.contains(RenameFlags::EXCHANGE) {
+        if !flags.contains(RenameFlags::EXCHANGE) && self.options.auto_da_alloc {
             self.flush_early(from, to)?;
         }
         self.with_space(|| self.rename_once(from, to, flags))
@@ -175,7 +175,8 @@ impl Ext4 {
         {
             return Err(Errno::ENOTEMPTY.into());
         }
-        if target.is_some() && source.inode.kind == FileKind::Regular {
+        if target.is_some() && source.inode.kind == FileKind::Regular && self.options.auto_da_alloc
+        {
             self.flush_data(&source.inode)?;
         }
         self.move_name(from, to, &source, target.as_ref())?;

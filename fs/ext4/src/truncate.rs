@@ -31,7 +31,7 @@ impl Ext4 {
     /// has the new size but may still own blocks behind it until it is truncated again.
     pub(crate) fn truncate(&self, inode: &Arc<Inode>, size: u64) -> Result<()> {
         let old = inode.size();
-        if size > old { self.extend(inode, old, size) } else { self.shrink(inode, size) }
+        if size > old { self.extend(inode, old, size) } else { self.shrink(inode, old, size) }
     }
 
     /// Lets a file grow, by a hole or over blocks behind its end.
@@ -43,6 +43,10 @@ impl Ext4 {
         if inode.core.lock().disk_size < old {
             // Data before the old end is written first: the size on the disk tells of it.
             self.flush_data(inode)?;
+        } else {
+            // The zeroes behind the old end, which may be those of an earlier truncation, too:
+            // what the disk has there must not show.
+            inode.mapping.write_and_wait(old / PAGE..old.div_ceil(PAGE))?;
         }
         let handle = self.start(credits::SETATTR)?;
         self.set_sizes(inode, size);
@@ -57,7 +61,7 @@ impl Ext4 {
         (core.mtime, core.ctime) = (now, now);
     }
 
-    fn shrink(&self, inode: &Arc<Inode>, size: u64) -> Result<()> {
+    fn shrink(&self, inode: &Arc<Inode>, old: u64, size: u64) -> Result<()> {
         if inode.core.lock().disk_size < size {
             // The new end may lie in a hole, which no writeback would make the size follow to; so
             // the size goes to the disk now, after the data before it.
@@ -76,6 +80,9 @@ impl Ext4 {
         self.mark_inode_dirty(&handle, inode)?;
         drop(handle);
         self.drop_cached(inode, size, first);
+        if size == 0 && old > 0 && self.options.auto_da_alloc {
+            self.note_replaced(inode);
+        }
         let Some(mut end) = stepped? else { return Ok(()) };
         loop {
             let handle = self.start(credits::TRUNCATE)?;

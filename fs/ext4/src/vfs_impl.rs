@@ -35,6 +35,7 @@ impl Ext4 {
     fn edge<T>(&self, ino: Ino, result: Result<T>) -> uext_vfs::Result<T> {
         result.map_err(|error| {
             self.report(u32::try_from(ino).ok().map(InodeNumber), &error);
+            self.store_errors();
             error.errno()
         })
     }
@@ -49,11 +50,12 @@ impl Ext4 {
     }
 
     fn commit_names(&self) -> Result<()> {
+        self.flush_replaced(None);
         if self.journal.has_journal() {
             return Ok(self.journal.commit_all()?);
         }
         self.buffers.write_dirty()?;
-        Ok(self.buffers.flush_device()?)
+        self.barrier()
     }
 
     /// Deletes an inode whose last name went while no front end knew it.
@@ -103,7 +105,7 @@ impl Ext4 {
         if set.mode.is_some() {
             self.chmod_acl(handle, inode)?;
         }
-        self.mark_inode_dirty(handle, inode)
+        self.mark_attributes_dirty(handle, inode)
     }
 
     fn set_attr(&self, ino: Ino, set: &SetAttr) -> Result<Attr> {
@@ -376,6 +378,10 @@ impl FileSystem for Ext4 {
 
     fn sync(&self) -> uext_vfs::Result<()> {
         self.edge(self.root(), self.sync_all())
+    }
+
+    fn on_read_only(&self, f: Box<dyn Fn() + Send + Sync>) {
+        *self.on_read_only.lock() = Some(f);
     }
 
     fn unmount(&self) -> uext_vfs::Result<()> {

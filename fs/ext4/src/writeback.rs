@@ -144,6 +144,7 @@ impl Ext4 {
         range: Range<u64>,
         most: u64,
     ) -> Result<u64> {
+        self.stopped()?;
         let _writeback = inode.writeback.lock();
         let (mut next, mut written, mut first_error) = (range.start, 0, None);
         while written < most {
@@ -321,6 +322,7 @@ impl Ext4 {
                 segment.start()
             );
             self.fail(pages, segment.logical, segment.logical + segment.len, &error);
+            self.data_write_failed(status);
             first_error.get_or_insert(error);
             self.give_up(segment);
             None

@@ -26,13 +26,23 @@ impl Journal {
     /// # Errors
     /// `Aborted`, or what aborted the journal just now: the transaction may be lost.
     pub fn commit(&self, tid: Tid) -> Result<()> {
-        let Some(log) = &self.log else { return Ok(()) };
+        self.commit_covering(tid).map(|_| ())
+    }
+
+    /// As [`Journal::commit`]; whether the commit's flush began after this call. Then data
+    /// written before the call is durable too; else that needs a flush of its own.
+    ///
+    /// # Errors
+    /// As [`Journal::commit`].
+    pub fn commit_covering(&self, tid: Tid) -> Result<bool> {
+        let Some(log) = &self.log else { return Ok(false) };
         let mut state = self.state.lock();
+        let covers = state.running.as_ref().is_some_and(|tx| tx.tid == tid);
         loop {
             if tid_geq(state.committed, tid) || !is_pending(&state, tid) {
                 return match &state.aborted {
                     Some(why) => Err(why.as_aborted()),
-                    None => Ok(()),
+                    None => Ok(covers),
                 };
             }
             if let Some(why) = &state.aborted {
@@ -65,6 +75,7 @@ impl Journal {
         let old = state.running.as_ref().filter(|tx| tx.started.elapsed() >= age);
         let Some(tid) = old.map(|tx| tx.tid) else { return Ok(()) };
         drop(state);
+        self.before_commit.read().iter().for_each(|call| call());
         self.commit(tid)
     }
 
@@ -76,9 +87,9 @@ impl Journal {
         left.max(Duration::from_millis(10))
     }
 
-    /// Commits the running transaction. Nobody else is committing.
-    fn commit_running(&self, log: &Log, mut state: MutexGuard<'_, State>) -> Result<()> {
-        let Some(tid) = self.lock_transaction(&mut state) else { return Ok(()) };
+    /// Commits the running transaction; `false` when it holds nothing. Nobody else is committing.
+    fn commit_running(&self, log: &Log, mut state: MutexGuard<'_, State>) -> Result<bool> {
+        let Some(tid) = self.lock_transaction(&mut state) else { return Ok(false) };
         if let Some(why) = &state.aborted {
             let error = why.as_aborted();
             state.committing = None;
@@ -98,7 +109,7 @@ impl Journal {
         }
         self.finish(transaction, place);
         self.after_commit(tid);
-        Ok(())
+        Ok(true)
     }
 
     /// Stops new handles and waits for the open ones. `None` when the transaction turned

@@ -27,7 +27,7 @@ use uext_blockdev::AlignedBuf;
 use uext_pagecache::{Buffer, BufferWriteGuard};
 
 use crate::error::{JournalError, Result};
-use crate::journal::Journal;
+use crate::journal::{Journal, revoke_blocks};
 use crate::tid::Tid;
 use crate::transaction::TxState;
 
@@ -164,10 +164,10 @@ impl Handle {
     /// # Errors
     /// `Aborted`.
     pub fn extend(&self, credits: u32) -> Result<bool> {
-        if !self.journal.has_journal() {
+        let Some(log) = &self.journal.log else {
             self.credits.set(self.credits.get().saturating_add(credits));
             return Ok(true);
-        }
+        };
         let most = self.journal.max_credits();
         let mut state = self.journal.state.lock();
         if let Some(why) = state.refusal() {
@@ -175,7 +175,7 @@ impl Handle {
         }
         let Some(tx) = &mut state.running else { return Ok(false) };
         let total = tx.outstanding.saturating_add(credits);
-        if tx.state != TxState::Running || total > most {
+        if tx.state != TxState::Running || total.saturating_add(revoke_blocks(log, tx)) > most {
             return Ok(false);
         }
         tx.outstanding = total;

@@ -22,6 +22,10 @@ use crate::transaction::{State, Transaction, TxState};
 
 /// Called with a transaction that became durable.
 pub type OnCommit = Box<dyn Fn(Tid) + Send + Sync>;
+/// Called with the error that aborted the journal.
+pub type OnAbort = Box<dyn Fn(&JournalError) + Send + Sync>;
+/// Called before the timer commits.
+pub type BeforeCommit = Box<dyn Fn() + Send + Sync>;
 
 /// Blocks of the log kept for revoke blocks that open handles add beyond their credits.
 const SLACK_BLOCKS: u32 = 32;
@@ -61,6 +65,8 @@ pub struct Journal {
     /// The running transaction has freed blocks: buffers it holds need a closer look.
     pub(crate) has_forgotten: AtomicBool,
     pub(crate) on_commit: RwLock<Vec<OnCommit>>,
+    on_abort: RwLock<Vec<OnAbort>>,
+    pub(crate) before_commit: RwLock<Vec<BeforeCommit>>,
     background: Mutex<Option<Background>>,
 }
 
@@ -120,6 +126,8 @@ impl Journal {
             home_io: Mutex::new(()),
             has_forgotten: AtomicBool::new(false),
             on_commit: RwLock::default(),
+            on_abort: RwLock::default(),
+            before_commit: RwLock::default(),
             background: Mutex::new(None),
         })
     }
@@ -197,10 +205,9 @@ impl Journal {
                 self.changed.wait(&mut state);
                 continue;
             }
-            let revoke_blocks = tx.revoked.len().div_ceil(log.records_per_revoke());
-            let revoke_blocks = u32::try_from(revoke_blocks).unwrap_or(u32::MAX);
-            let total = tx.outstanding.saturating_add(credits).saturating_add(revoke_blocks);
-            if total > most && tx.outstanding > 0 {
+            let total =
+                tx.outstanding.saturating_add(credits).saturating_add(revoke_blocks(log, tx));
+            if total > most && (tx.outstanding > 0 || !tx.revoked.is_empty()) {
                 let tid = tx.tid;
                 drop(state);
                 self.commit(tid)?;
@@ -285,6 +292,18 @@ impl Journal {
         self.on_commit.write().push(f);
     }
 
+    /// Calls `f` once, when the journal is aborted, in the thread that found the error and
+    /// under whatever locks it holds.
+    pub fn on_abort(&self, f: OnAbort) {
+        self.on_abort.write().push(f);
+    }
+
+    /// Calls `f` when the timer is about to commit, in the journal's own thread, which holds
+    /// no lock: what is to be in that transaction can still be put there.
+    pub fn before_commit(&self, f: BeforeCommit) {
+        self.before_commit.write().push(f);
+    }
+
     /// Stops the journal for good: what is in memory stays readable and nothing is
     /// written any more. Notes the error in the journal's superblock.
     pub fn abort(&self, why: JournalError) {
@@ -294,13 +313,16 @@ impl Journal {
         }
         log::error!("journal aborted: {why}");
         let errno = why.errno();
-        state.aborted = Some(why);
+        state.aborted = Some(why.clone());
         drop(state);
         self.changed.notify_all();
         if let Some(log) = &self.log
             && let Err(error) = log.write_errno(errno)
         {
             log::error!("noting the journal's error failed too: {error}");
+        }
+        for call in self.on_abort.read().iter() {
+            call(&why);
         }
     }
 
@@ -341,6 +363,11 @@ pub(crate) fn is_pending(state: &State, tid: Tid) -> bool {
 /// Blocks of the log one transaction may take.
 fn transaction_budget(log: &Log) -> u32 {
     log.ring() / 4
+}
+
+/// Blocks of the log that a transaction's revokes take.
+pub(crate) fn revoke_blocks(log: &Log, tx: &Transaction) -> u32 {
+    u32::try_from(tx.revoked.len().div_ceil(log.records_per_revoke())).unwrap_or(u32::MAX)
 }
 
 fn slack(log: &Log) -> u32 {

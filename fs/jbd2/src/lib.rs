@@ -45,7 +45,7 @@ pub mod transaction;
 pub use config::JournalConfig;
 pub use error::{IoWhat, JournalError, Result};
 pub use handle::{Handle, WriteGuard};
-pub use journal::{Journal, JournalStatus, OnCommit};
+pub use journal::{BeforeCommit, Journal, JournalStatus, OnAbort, OnCommit};
 pub use log_reader::JournalLocation;
 pub use map::{JournalMap, JournalRun};
 pub use recovery::{OnDamage, Overlay, Recovery, RecoveryReport};

@@ -482,6 +482,10 @@ pub trait FileSystem: Send + Sync {
     /// Makes everything durable (sync(2), syncfs(2)).
     fn sync(&self) -> Result<()>;
 
+    /// Calls `f` once, when an error makes the filesystem read-only while it is mounted. `f`
+    /// is called under locks: it waits for nothing of this filesystem.
+    fn on_read_only(&self, _f: Box<dyn Fn() + Send + Sync>) {}
+
     /// Unmounts: when it returns `Ok`, the image is clean and complete. Called once, last.
     fn unmount(&self) -> Result<()>;
 }

@@ -7,8 +7,10 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use uext_blockdev::dm::{Flakey, LogWrites, SnapshotDevice};
-use uext_blockdev::{BlockDevice, MemoryDevice};
+use uext_blockdev::dm::flakey::{Action, Ops, Rule, When};
+use uext_blockdev::dm::log_writes::LogOp;
+use uext_blockdev::dm::{CrashOptions, Flakey, LogWrites, SnapshotDevice, UnitSet};
+use uext_blockdev::{BlkStatus, BlockDevice, MemoryDevice};
 use uext_ext4::{DataMode, Ext4, MountOptions};
 use uext_vfs::{
     Context, Errno, FileHandle, FileSystem, Ino, ReadReply, RenameFlags, SetAttr, WriteFlags,
@@ -104,6 +106,26 @@ impl Disk {
     pub fn crash(&self) -> Vec<u8> {
         let log = self.log.log();
         log.prefix(&self.base, log.completed_changes()).unwrap().to_vec().unwrap()
+    }
+
+    /// The disk as a power cut now leaves it, when its cache lost everything it may lose.
+    pub fn power_cut(&self) -> Vec<u8> {
+        let log = self.log.log();
+        let end = log.crash_points(&self.base, CrashOptions::default()).last().unwrap();
+        end.state(&UnitSet::none(end.units().len())).to_vec().unwrap()
+    }
+
+    /// Transactions whose commit block was written, and flushes of the device.
+    pub fn commits_and_flushes(&self) -> (usize, usize) {
+        let log = self.log.log();
+        let is_commit = |data: &[u8]| data.starts_with(&[0xC0, 0x3B, 0x39, 0x98, 0, 0, 0, 2]);
+        let commits = log.entries.iter().filter(|entry| is_commit(&entry.data)).count();
+        (commits, log.entries.iter().filter(|entry| entry.op == LogOp::Flush).count())
+    }
+
+    /// From the nth of these operations on, the device fails.
+    pub fn fail(&self, ops: Ops, when: When) {
+        self.flakey.add(Rule::new(ops, when, Action::Fail(BlkStatus::IoErr)));
     }
 
     /// Unmounts, and lets e2fsck judge.

@@ -711,6 +711,27 @@ impl Superblock {
         })
     }
 
+    /// Takes over what another superblock has recorded of errors.
+    pub fn copy_errors(&mut self, from: &Self) {
+        let (raw, other) = (&mut self.raw, &from.raw);
+        raw.s_error_count = other.s_error_count;
+        raw.s_first_error_time = other.s_first_error_time;
+        raw.s_first_error_time_hi = other.s_first_error_time_hi;
+        raw.s_first_error_ino = other.s_first_error_ino;
+        raw.s_first_error_block = other.s_first_error_block;
+        raw.s_first_error_func = other.s_first_error_func;
+        raw.s_first_error_line = other.s_first_error_line;
+        raw.s_first_error_errcode = other.s_first_error_errcode;
+        raw.s_last_error_time = other.s_last_error_time;
+        raw.s_last_error_time_hi = other.s_last_error_time_hi;
+        raw.s_last_error_ino = other.s_last_error_ino;
+        raw.s_last_error_block = other.s_last_error_block;
+        raw.s_last_error_func = other.s_last_error_func;
+        raw.s_last_error_line = other.s_last_error_line;
+        raw.s_last_error_errcode = other.s_last_error_errcode;
+        self.set_state(self.state() | (from.state() & State::ERROR));
+    }
+
     /// Forgets all recorded errors, as fsck does.
     pub fn clear_errors(&mut self) {
         let raw = &mut self.raw;
