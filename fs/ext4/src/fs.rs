@@ -23,6 +23,7 @@ use crate::groups::Groups;
 use crate::inode::{Inode, InodeCache};
 use crate::options::{DataMode, MountOptions};
 use crate::orphan::OrphanList;
+use crate::quiet::Watch;
 use crate::readdir::Ties;
 use crate::system_zone::SystemZone;
 
@@ -56,6 +57,8 @@ pub struct Ext4 {
     /// Nothing is written: asked for at mount, or after an error under `errors=remount-ro`.
     /// WHY-RELAXED: a hint taken before work starts; the journal's abort state is the guard.
     pub(crate) read_only: AtomicBool,
+    /// Without a journal: who marks the image clean in quiet moments.
+    pub(crate) quiet: Mutex<Option<Watch>>,
     /// An error was recorded: the image is not marked clean at unmount.
     pub(crate) had_error: AtomicBool,
     /// Errors recorded in memory have not been given to a transaction.

@@ -62,6 +62,7 @@ mod map_io;
 mod mount;
 mod namei;
 mod orphan;
+mod quiet;
 mod readdir;
 mod rename;
 mod super_source;

@@ -30,6 +30,7 @@ use crate::journal_data;
 use crate::journal_inode::journal_map;
 use crate::options::MountOptions;
 use crate::orphan::OrphanList;
+use crate::quiet::QuietDevice;
 use crate::readdir::Ties;
 use crate::super_source::{self, Found, Origin};
 use crate::system_zone::SystemZone;
@@ -66,6 +67,9 @@ impl Ext4 {
         if let Some(reason) = &verdict.reason {
             log::warn!("{name}: mounted read-only: {reason}");
         }
+        let watched = !sb.features().has_journal() && !verdict.read_only;
+        let quiet = watched.then(|| QuietDevice::new(dev.clone()));
+        let dev = quiet.clone().map_or(dev, |quiet| quiet as Device);
         let fs = Self::assemble(dev, name, sb, options, verdict.read_only)?;
         let root = fs.iget(InodeNumber::ROOT)?;
         if !root.is_dir() {
@@ -76,6 +80,9 @@ impl Ext4 {
         if !fs.is_read_only() {
             fs.mark_mounted()?;
             fs.clean_orphans()?;
+        }
+        if let Some(quiet) = quiet {
+            fs.watch_quiet(quiet);
         }
         Ok(fs)
     }
@@ -137,6 +144,7 @@ impl Ext4 {
             ties: Ties::default(),
             rename: Mutex::new(()),
             read_only: AtomicBool::new(read_only),
+            quiet: Mutex::new(None),
             had_error: AtomicBool::new(false),
             errors_pending: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
@@ -224,6 +232,8 @@ impl Ext4 {
         if self.is_read_only() && self.journal.aborted().is_none() && !self.had_error() {
             return Ok(());
         }
+        let watch = self.quiet.lock().take();
+        drop(watch);
         self.delete_unlinked();
         let synced = self.sync_all();
         self.journal.close()?;
@@ -246,7 +256,7 @@ impl Ext4 {
         counted.and(synced)
     }
 
-    fn had_error(&self) -> bool {
+    pub(crate) fn had_error(&self) -> bool {
         self.had_error.load(Ordering::Relaxed)
     }
 }

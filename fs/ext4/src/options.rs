@@ -69,6 +69,9 @@ pub struct MountOptions {
     pub acl: bool,
     /// `user.` attributes.
     pub user_xattr: bool,
+    /// Without a journal: the time without changes after which everything is written and the
+    /// image marked clean; never when zero.
+    pub quiet_interval: Duration,
     /// Every write is durable before it returns.
     pub sync: bool,
     /// Every change of a directory is durable before it returns.
@@ -93,6 +96,7 @@ impl Default for MountOptions {
             sb_block: None,
             acl: true,
             user_xattr: true,
+            quiet_interval: Duration::from_secs(1),
             sync: false,
             dirsync: false,
         }

@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
-use uext_sync::atomic::{AtomicBool, Ordering};
+use uext_sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use uext_blockdev::BlockDevice;
 use uext_pagecache::{BufferCache, CheckpointHook};
@@ -68,6 +68,8 @@ pub struct Journal {
     on_abort: RwLock<Vec<OnAbort>>,
     pub(crate) before_commit: RwLock<Vec<BeforeCommit>>,
     background: Mutex<Option<Background>>,
+    /// Handles without a journal: begun, and ended. PAIRS-WITH: [`Journal::plain_handles`].
+    plain: [AtomicU64; 2],
 }
 
 impl Journal {
@@ -129,12 +131,21 @@ impl Journal {
             on_abort: RwLock::default(),
             before_commit: RwLock::default(),
             background: Mutex::new(None),
+            plain: [AtomicU64::new(0), AtomicU64::new(0)],
         })
     }
 
     /// Whether there is one.
     pub fn has_journal(&self) -> bool {
         self.log.is_some()
+    }
+
+    /// Without a journal: how many handles began so far, and how many of them are open.
+    pub fn plain_handles(&self) -> (u64, u64) {
+        // The ended ones first: one that ends in between counts as open.
+        let ended = self.plain[1].load(Ordering::SeqCst);
+        let begun = self.plain[0].load(Ordering::SeqCst);
+        (begun, begun - ended)
     }
 
     /// The cache whose buffers it journals.
@@ -172,7 +183,10 @@ impl Journal {
 
     /// Adds a handle to the running transaction; its number.
     pub(crate) fn join(&self, credits: u32) -> Result<Tid> {
-        let Some(log) = &self.log else { return Ok(0) };
+        let Some(log) = &self.log else {
+            self.plain[0].fetch_add(1, Ordering::SeqCst);
+            return Ok(0);
+        };
         let most = self.max_credits();
         if credits > most {
             return Err(JournalError::TooManyCredits { asked: credits, most });
@@ -223,6 +237,7 @@ impl Journal {
     /// Takes a handle out of its transaction, with the credits it did not use.
     pub(crate) fn leave(&self, tid: Tid, credits: u32) {
         if self.log.is_none() {
+            self.plain[1].fetch_add(1, Ordering::SeqCst);
             return;
         }
         let mut state = self.state.lock();

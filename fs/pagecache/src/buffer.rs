@@ -14,7 +14,7 @@
 use std::collections::BTreeSet;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
-use uext_sync::atomic::{AtomicU32, Ordering};
+use uext_sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use uext_blockdev::{AlignedBuf, BioVec};
 use uext_sync::{Condvar, Mutex, MutexGuard};
@@ -41,14 +41,27 @@ pub type Buffer = Arc<BufferHead>;
 /// The blocks of one device that are dirty, and waiting for writes under way.
 pub(crate) struct DirtyBuffers {
     pub(crate) blocks: Mutex<BTreeSet<u64>>,
+    /// Writes under way [blocks].
+    writing: AtomicUsize,
     /// A write under way has ended.
     written: Condvar,
     pub(crate) counters: Arc<Counters>,
 }
 
 impl DirtyBuffers {
+    /// Nothing is dirty, and no write is under way.
+    pub(crate) fn is_empty(&self) -> bool {
+        let blocks = self.blocks.lock();
+        blocks.is_empty() && self.writing.load(Ordering::Relaxed) == 0
+    }
+
     pub(crate) fn new(counters: Arc<Counters>) -> Arc<Self> {
-        Arc::new(Self { blocks: Mutex::default(), written: Condvar::new(), counters })
+        Arc::new(Self {
+            blocks: Mutex::default(),
+            writing: AtomicUsize::new(0),
+            written: Condvar::new(),
+            counters,
+        })
     }
 }
 
@@ -286,12 +299,15 @@ impl BufferHead {
         }
         self.clear_dirty_locked(&mut blocks);
         self.set(WRITEBACK);
+        // WHY-RELAXED, all of `writing`: the list's lock orders them.
+        self.dirty.writing.fetch_add(1, Ordering::Relaxed);
         true
     }
 
     /// Ends a write begun by [`BufferHead::begin_write`].
     pub(crate) fn end_write(&self, ok: bool) {
         let mut blocks = self.dirty.blocks.lock();
+        self.dirty.writing.fetch_sub(1, Ordering::Relaxed);
         self.clear(WRITEBACK);
         if ok {
             self.clear(WRITE_ERROR);

@@ -285,6 +285,11 @@ impl BufferCache {
         self.dirty.blocks.lock().len()
     }
 
+    /// Whether every buffer's contents have been written: none is dirty, no write is under way.
+    pub fn is_written(&self) -> bool {
+        self.dirty.is_empty()
+    }
+
     /// Makes everything written before durable.
     ///
     /// # Errors
