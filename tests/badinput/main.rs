@@ -1,6 +1,7 @@
 //! Damaged, foreign and busy images: a mount is refused in one clear line, nothing
 //! is written, and what still mounts does not take the daemon down.
 
+mod journals;
 mod superblock;
 
 use std::fs::{self, OpenOptions};
