@@ -7,7 +7,7 @@ DEMO_DIR ?= /var/tmp/uext-demo
 
 UEXT := $(or $(CARGO_TARGET_DIR),target)/release/uext
 
-.PHONY: help all deps check test demo install uninstall fuzz bench bench-micro test-uring clean
+.PHONY: help all deps check test demo install uninstall fuzz bench bench-micro test-uring identity clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +52,9 @@ bench-micro: ## Time the hot parts alone (criterion)
 
 test-uring: ## The tests of mounts, over FUSE over io_uring (root)
 	@tests/scripts/test-uring.sh $(CARGO)
+
+identity: deps ## Compare replays by uext, e2fsck and the kernel on 1,000 crash states (root)
+	UEXT_LONG=1 $(CARGO) test -p uext-tests --locked --test crash replays_leave_the_same_blocks -- --nocapture
 
 clean: ## Remove build products
 	$(CARGO) clean

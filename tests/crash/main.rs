@@ -14,6 +14,7 @@
 
 mod cuts;
 mod history;
+mod identity;
 mod judges;
 mod recorder;
 mod workloads;
@@ -68,6 +69,15 @@ fn crash(name: &str, image: Image, work: impl FnOnce(&mut Recorder)) {
     cuts::judge_all(name, &base, &log, &history);
 }
 
+/// Runs a workload and compares what three replays make of its cuts.
+fn identity(name: &str, image: Image, work: impl FnOnce(&mut Recorder)) -> usize {
+    let base = Arc::new(image.make());
+    let mut recorder = Recorder::new(&base, 1);
+    work(&mut recorder);
+    let (log, _) = recorder.finish();
+    identity::compare(name, &base, &log)
+}
+
 macro_rules! crash_tests {
     ($($name:ident: $image:ident;)*) => {
         $(
@@ -77,6 +87,15 @@ macro_rules! crash_tests {
                 crash(stringify!($name), Image::$image, workloads::$name);
             }
         )*
+
+        #[test]
+        fn replays_leave_the_same_blocks() {
+            require!("mke2fs", "e2fsck", "debugfs", "losetup");
+            let mut same = 0;
+            $(same += identity(stringify!($name), Image::$image, workloads::$name);)*
+            println!("{same} states: uext, e2fsck and the kernel leave the same blocks");
+            assert!(same > 20);
+        }
     };
 }
 

@@ -4,6 +4,7 @@
 //! Invariants: whatever a test mounts or attaches is released when its guard
 //! drops, also when the test fails; a test that cannot run says why, loudly.
 
+pub mod identity;
 pub mod mounts;
 pub mod scratch;
 pub mod tree;
