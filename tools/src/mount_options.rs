@@ -177,8 +177,14 @@ impl MountRequest {
                 attributes.remove(MountAttr::NOATIME);
                 attributes.insert(MountAttr::STRICTATIME);
             }
-            "nodiratime" => attributes.insert(MountAttr::NODIRATIME),
-            "diratime" => attributes.remove(MountAttr::NODIRATIME),
+            "nodiratime" => {
+                ext4.nodiratime = true;
+                attributes.insert(MountAttr::NODIRATIME);
+            }
+            "diratime" => {
+                ext4.nodiratime = false;
+                attributes.remove(MountAttr::NODIRATIME);
+            }
             "nodev" => attributes.insert(MountAttr::NODEV),
             "dev" => attributes.remove(MountAttr::NODEV),
             "nosuid" => attributes.insert(MountAttr::NOSUID),

@@ -32,7 +32,7 @@ use crate::groups::{Desc, GroupState};
 /// A run of blocks that belongs to its holder in memory only; dropping it gives it back.
 #[must_use]
 pub(crate) struct Claim {
-    fs: Arc<Ext4>,
+    pub fs: Arc<Ext4>,
     /// First block.
     pub start: FsBlock,
     /// Blocks.
@@ -194,7 +194,7 @@ impl Ext4 {
     }
 
     /// The in-memory bitmap, loaded when first needed; `None` when the group cannot be used.
-    fn claimed_map<'s>(
+    pub(crate) fn claimed_map<'s>(
         &self,
         group: GroupNumber,
         state: &'s mut MutexGuard<'_, GroupState>,

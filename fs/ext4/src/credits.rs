@@ -13,6 +13,9 @@ pub const CONVERT: u32 = MAP_BLOCKS + 1 + 2;
 /// The superblock, when the orphan list changes, and the neighbour inode on it.
 pub const ORPHAN: u32 = 2;
 
+/// The superblock.
+pub const SUPER: u32 = 1;
+
 /// An attribute change of one inode.
 pub const SETATTR: u32 = 1 + 1;
 

@@ -14,7 +14,7 @@
 //! Locks: the state's mutex is a leaf but for `Space`, and never held over anything that waits.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use uext_pagecache::{ErrSeqMark, ReadaheadState};
@@ -35,6 +35,9 @@ pub(crate) struct FileData {
     pub delayed: Mutex<Delayed>,
     /// How far ahead of a reader to read.
     pub readahead: Mutex<ReadaheadState>,
+    /// It is known to have no `security.capability`, so that writes need not look.
+    /// WHY-RELAXED: read and changed under `Inode::rwsem` exclusive.
+    pub no_capability: AtomicBool,
     /// The write errors that fsync has reported.
     pub reported: Mutex<ErrSeqMark>,
 }

@@ -40,6 +40,10 @@ impl Error {
             Self::Corrupt(c) if c.kind == CorruptKind::Checksum => Errno::EBADMSG,
             Self::Corrupt(_) => Errno::EUCLEAN,
             Self::Blk(status) => Errno(status.errno()),
+            Self::Journal(JournalError::Shutdown) => Errno::EIO,
+            Self::Journal(JournalError::Aborted(why)) if **why == JournalError::Shutdown => {
+                Errno::EIO
+            }
             Self::Journal(_) => Errno::EROFS,
             Self::Errno(errno) => *errno,
         }

@@ -78,6 +78,7 @@ impl Ext4 {
             FileKind::Directory => return Err(Errno::EISDIR.into()),
             _ => return Err(Errno::EINVAL.into()),
         }
+        self.check_alive()?;
         let _shared = inode.rwsem.read();
         let size = inode.size();
         let end = size.min(offset.saturating_add(len.min(MAX_READ) as u64));
@@ -333,7 +334,11 @@ impl Ext4 {
             _ => return Err(Errno::EINVAL.into()),
         }
         let inode_flags = inode.core.lock().flags;
-        if inode_flags.contains(InodeFlags::IMMUTABLE) {
+        // What is appended comes with the end of the file as its offset.
+        let appends = flags.contains(WriteFlags::APPEND) || offset >= inode.size();
+        if inode_flags.contains(InodeFlags::IMMUTABLE)
+            || (inode_flags.contains(InodeFlags::APPEND) && !appends)
+        {
             return Err(Errno::EPERM.into());
         }
         if data.is_empty() {
@@ -351,6 +356,9 @@ impl Ext4 {
             let data = &data[..data.len().min(room)];
             if flags.contains(WriteFlags::KILL_SUIDGID) {
                 kill_suidgid(inode);
+            }
+            if !flags.contains(WriteFlags::CACHE) {
+                self.kill_capability(inode)?;
             }
             if offset > size {
                 self.zero_tail(inode, size)?;

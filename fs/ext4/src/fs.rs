@@ -59,6 +59,8 @@ pub struct Ext4 {
     pub(crate) read_only: AtomicBool,
     /// Without a journal: who marks the image clean in quiet moments.
     pub(crate) quiet: Mutex<Option<Watch>>,
+    /// Everything fails from now on, on request. WHY-RELAXED: as for `read_only`.
+    pub(crate) shut_down: AtomicBool,
     /// An error was recorded: the image is not marked clean at unmount.
     pub(crate) had_error: AtomicBool,
     /// Errors recorded in memory have not been given to a transaction.
@@ -92,8 +94,19 @@ impl Ext4 {
         self.read_only.load(Ordering::Relaxed)
     }
 
-    /// `EROFS` when writes are refused.
+    /// Whether the filesystem was shut down.
+    pub(crate) fn is_shut_down(&self) -> bool {
+        self.shut_down.load(Ordering::Relaxed)
+    }
+
+    /// `EIO` when the filesystem was shut down.
+    pub(crate) fn check_alive(&self) -> Result<()> {
+        if self.is_shut_down() { Err(Errno::EIO.into()) } else { Ok(()) }
+    }
+
+    /// `EROFS` when writes are refused, `EIO` when nothing goes any more.
     pub(crate) fn check_writable(&self) -> Result<()> {
+        self.check_alive()?;
         if self.is_read_only() { Err(Errno::EROFS.into()) } else { Ok(()) }
     }
 
@@ -110,6 +123,17 @@ impl Ext4 {
     pub(crate) fn now(&self) -> Timestamp {
         let now = Timestamp::now();
         if self.sb.inode_size() > 128 { now } else { Timestamp { nsec: 0, ..now } }
+    }
+
+    /// The nearest time that the inodes can hold.
+    pub(crate) fn storable_time(&self, time: Timestamp) -> Timestamp {
+        const FIRST: i64 = i32::MIN as i64;
+        let fine = self.sb.inode_size() > 128;
+        // Two more bits of seconds stand beside the nanoseconds.
+        let last = if fine { FIRST + (1 << 34) - 1 } else { i32::MAX.into() };
+        let sec = time.sec.clamp(FIRST, last);
+        let nsec = if fine && FIRST < sec && sec < last { time.nsec } else { 0 };
+        Timestamp { sec, nsec }
     }
 
     /// Looks at the superblock as it is now.

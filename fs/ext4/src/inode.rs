@@ -18,6 +18,7 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, RwLock};
 use uext_jbd2::{Handle, Tid, tid_gt};
+use uext_ondisk::features::RoCompat;
 use uext_ondisk::inode::{DeviceNumber, Inode as RawView, InodeFlags, Timestamp as RawTime};
 use uext_ondisk::{Corrupt, FsBlock, InodeNumber};
 use uext_pagecache::{AddressSpace, AddressSpaceOps, Buffer};
@@ -352,6 +353,16 @@ impl Ext4 {
         Ok(())
     }
 
+    /// The project an inode belongs to; 0 without the feature.
+    pub(crate) fn project_of(&self, inode: &Inode) -> Result<u32> {
+        if !self.sb.features().ro_compat.contains(RoCompat::PROJECT) {
+            return Ok(0);
+        }
+        let (buf, offset) = self.inode_buffer(inode.ino)?;
+        let bytes = buf.read();
+        Ok(RawView::new(&bytes[offset..offset + usize::from(self.sb.inode_size())])?.project())
+    }
+
     /// Recomputes a raw inode's checksum after an edit in place.
     pub(crate) fn seal_inode(&self, inode: &Inode, raw: &mut [u8]) -> Result<()> {
         RawView::new(raw)?.seal(&self.sb, inode.ino);
@@ -369,7 +380,8 @@ impl Ext4 {
 
     /// Notes a read in the access time, as the mount's policy says.
     pub(crate) fn touch_atime(&self, inode: &Inode) {
-        if self.is_read_only() || self.options.atime == AtimePolicy::Never {
+        let never = self.options.atime == AtimePolicy::Never;
+        if self.is_read_only() || never || (inode.is_dir() && self.options.nodiratime) {
             return;
         }
         let now = self.now();

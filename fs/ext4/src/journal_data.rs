@@ -108,8 +108,6 @@ impl Ext4 {
     ///
     /// # Errors
     /// How writing the file's data or the checkpoint failed: then the flag is as before.
-    // Called by the attributes' ioctl.
-    #[allow(dead_code, reason = "the flags' ioctl will call it")]
     pub(crate) fn set_journal_data(&self, inode: &Arc<Inode>, on: bool) -> Result<()> {
         if inode.core.lock().flags.contains(InodeFlags::JOURNAL_DATA) == on {
             return Ok(());

@@ -145,6 +145,7 @@ impl Ext4 {
             rename: Mutex::new(()),
             read_only: AtomicBool::new(read_only),
             quiet: Mutex::new(None),
+            shut_down: AtomicBool::new(false),
             had_error: AtomicBool::new(false),
             errors_pending: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
@@ -190,7 +191,7 @@ impl Ext4 {
     /// Writes all data, inodes and metadata; everything before is durable when it returns.
     pub(crate) fn sync_all(&self) -> Result<()> {
         self.stopped()?;
-        if self.is_read_only() {
+        if self.is_read_only() || self.is_shut_down() {
             return Ok(());
         }
         self.store_errors();
@@ -229,6 +230,11 @@ impl Ext4 {
 
     /// Unmounts: everything to the disk, the journal empty, the superblock clean.
     pub(crate) fn unmount_all(&self) -> Result<()> {
+        if self.is_shut_down() {
+            // The image stays as the shutdown left it: the next mount replays the journal.
+            let _ = self.journal.close();
+            return Ok(());
+        }
         if self.is_read_only() && self.journal.aborted().is_none() && !self.had_error() {
             return Ok(());
         }

@@ -347,7 +347,7 @@ impl Ext4 {
 
     /// A new inode gets no name after all: it is deleted, now or, should that fail, at the
     /// next mount.
-    fn discard_new(&self, handle: Handle, inode: &Arc<Inode>) {
+    pub(crate) fn discard_new(&self, handle: Handle, inode: &Arc<Inode>) {
         inode.core.lock().nlink = 0;
         let listed =
             self.mark_inode_dirty(&handle, inode).and_then(|()| self.orphan_add(&handle, inode));

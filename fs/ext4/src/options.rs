@@ -63,6 +63,8 @@ pub struct MountOptions {
     pub cache_bytes: Option<usize>,
     /// Access times.
     pub atime: AtimePolicy,
+    /// Access times of directories are not kept.
+    pub nodiratime: bool,
     /// `sb=`: the superblock to use, in units of 1 KiB as mount(8) has it.
     pub sb_block: Option<u64>,
     /// POSIX ACLs.
@@ -93,6 +95,7 @@ impl Default for MountOptions {
             barrier: true,
             cache_bytes: None,
             atime: AtimePolicy::Relative,
+            nodiratime: false,
             sb_block: None,
             acl: true,
             user_xattr: true,

@@ -19,7 +19,10 @@ use crate::credits;
 use crate::dir::{Slot, Target};
 use crate::error::{Error, Result};
 use crate::fs::Ext4;
+use crate::ialloc::NewInode;
 use crate::inode::Inode;
+
+const S_IFCHR: u16 = 0o020_000;
 
 /// One of the two names.
 #[derive(Clone, Copy)]
@@ -67,13 +70,13 @@ impl Ext4 {
     /// As renameat2(2).
     pub(crate) fn rename_names(
         &self,
-        _ctx: &Context,
+        ctx: &Context,
         from: (&Arc<Inode>, &[u8]),
         to: (&Arc<Inode>, &[u8]),
         flags: RenameFlags,
     ) -> Result<Option<Arc<Inode>>> {
-        let exclusive = RenameFlags::NOREPLACE | RenameFlags::EXCHANGE;
-        if flags.contains(RenameFlags::WHITEOUT) || flags.contains(exclusive) {
+        let others = RenameFlags::NOREPLACE | RenameFlags::WHITEOUT;
+        if flags.contains(RenameFlags::EXCHANGE) && flags.intersects(others) {
             return Err(Errno::EINVAL.into());
         }
         let (from, to) = (Side { dir: from.0, name: from.1 }, Side { dir: to.0, name: to.1 });
@@ -83,7 +86,7 @@ impl Ext4 {
         if !flags.contains(RenameFlags::EXCHANGE) && self.options.auto_da_alloc {
             self.flush_early(from, to)?;
         }
-        self.with_space(|| self.rename_once(from, to, flags))
+        self.with_space(|| self.rename_once(ctx, from, to, flags))
     }
 
     /// Writes the data of a file that is about to replace another, before any lock is taken.
@@ -98,12 +101,13 @@ impl Ext4 {
 
     fn rename_once(
         &self,
+        ctx: &Context,
         from: Side<'_>,
         to: Side<'_>,
         flags: RenameFlags,
     ) -> Result<Option<Arc<Inode>>> {
         let cross = from.dir.ino != to.dir.ino;
-        if !cross && let Attempt::Done(gone) = self.try_rename(from, to, flags, None, false)? {
+        if !cross && let Attempt::Done(gone) = self.try_rename(ctx, from, to, flags, None, false)? {
             return Ok(gone);
         }
         let _mutex = self.rename.lock();
@@ -113,15 +117,17 @@ impl Ext4 {
         } else {
             None
         };
-        match self.try_rename(from, to, flags, tree.as_ref(), true)? {
+        match self.try_rename(ctx, from, to, flags, tree.as_ref(), true)? {
             Attempt::Done(gone) => Ok(gone),
             Attempt::Again => Err(Errno::EBUSY.into()),
         }
     }
 
     /// One attempt; `wait` says that `Ext4::rename` is held.
+    #[allow(clippy::too_many_arguments, reason = "who, from where, to where, and how")]
     fn try_rename(
         &self,
+        ctx: &Context,
         from: Side<'_>,
         to: Side<'_>,
         flags: RenameFlags,
@@ -179,7 +185,8 @@ impl Ext4 {
         {
             self.flush_data(&source.inode)?;
         }
-        self.move_name(from, to, &source, target.as_ref())?;
+        let whiteout = flags.contains(RenameFlags::WHITEOUT).then_some(ctx);
+        self.move_name(from, to, &source, target.as_ref(), whiteout)?;
         Ok(Attempt::Done(target.map(|target| target.inode)))
     }
 
@@ -285,16 +292,31 @@ impl Ext4 {
         to: Side<'_>,
         source: &Found,
         target: Option<&Found>,
+        whiteout: Option<&Context>,
     ) -> Result<()> {
-        let handle = self.start(credits::RENAME)?;
+        let handle = self.start(credits::RENAME + credits::NEW_INODE)?;
+        let whiteout = match whiteout {
+            Some(ctx) => Some(self.new_whiteout(ctx, &handle, from.dir)?),
+            None => None,
+        };
         let leads_to = Target::of(&source.inode);
-        match target {
-            Some(target) => self.redirect_entry(&handle, to.dir, &target.slot, leads_to)?,
-            None => self.add_entry(&handle, to.dir, to.name, leads_to)?,
+        let placed = match target {
+            Some(target) => self.redirect_entry(&handle, to.dir, &target.slot, leads_to),
+            None => self.add_entry(&handle, to.dir, to.name, leads_to),
+        };
+        if let (Err(_), Some(whiteout)) = (&placed, &whiteout) {
+            self.discard_new(handle, whiteout);
+            return placed;
         }
+        placed?;
         // Adding the new name may have moved the old one within the directory.
         let slot = self.find_entry(from.dir, from.name)?.ok_or(Error::Errno(Errno::EIO))?;
-        self.remove_entry(&handle, from.dir, &slot)?;
+        match &whiteout {
+            Some(whiteout) => {
+                self.redirect_entry(&handle, from.dir, &slot, Target::of(whiteout))?;
+            }
+            None => self.remove_entry(&handle, from.dir, &slot)?,
+        }
         self.renamed(&handle, source, to.dir)?;
 
         if source.inode.is_dir() {
@@ -311,6 +333,14 @@ impl Ext4 {
         }
         self.dir_changed(&handle, from.dir)?;
         self.dir_changed(&handle, to.dir)
+    }
+
+    /// A character device of number 0, which stands where a name was in an overlay's upper layer.
+    fn new_whiteout(&self, ctx: &Context, handle: &Handle, dir: &Inode) -> Result<Arc<Inode>> {
+        let spec = NewInode { mode: S_IFCHR, uid: ctx.uid, gid: ctx.gid, rdev: 0 };
+        let inode = self.new_inode(handle, dir, &spec)?;
+        self.mark_inode_dirty(handle, &inode)?;
+        Ok(inode)
     }
 
     fn exchange(&self, from: Side<'_>, to: Side<'_>, source: &Found, target: &Found) -> Result<()> {

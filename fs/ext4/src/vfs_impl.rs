@@ -6,9 +6,10 @@ use std::sync::atomic::Ordering;
 
 use uext_jbd2::Handle;
 use uext_ondisk::InodeNumber;
+use uext_ondisk::inode::InodeFlags;
 use uext_vfs::{
     Attr, Capabilities, Context, DirSink, Entry, Errno, FileHandle, FileKind, FileSystem, Ino,
-    OpenReply, ReadReply, RenameFlags, SetAttr, SetTime, StatFs, WriteFlags, XattrFlags,
+    Ioctl, OpenReply, ReadReply, RenameFlags, SetAttr, SetTime, StatFs, WriteFlags, XattrFlags,
 };
 
 use crate::credits;
@@ -19,6 +20,33 @@ use crate::inode::Inode;
 const S_ISUID: u16 = 0o4000;
 const S_ISGID: u16 = 0o2000;
 const S_IXGRP: u16 = 0o0010;
+
+/// Whether a change takes the set-id bits with it. A change of the owner does; and the
+/// kernel, which leaves that to the filesystem, asks for nothing else by a change of nothing.
+fn kills_suidgid(set: &SetAttr) -> bool {
+    let nothing = set.mode.is_none()
+        && set.size.is_none()
+        && set.atime.is_none()
+        && set.mtime.is_none()
+        && set.ctime.is_none();
+    set.kill_suidgid || set.uid.is_some() || set.gid.is_some() || nothing
+}
+
+/// What chattr(1)'s flags forbid.
+fn check_flags(inode: &Inode, set: &SetAttr) -> Result<()> {
+    let flags = inode.core.lock().flags;
+    let immutable = flags.contains(InodeFlags::IMMUTABLE);
+    let fixed = immutable || flags.contains(InodeFlags::APPEND);
+    let is_time = |time: Option<SetTime>| matches!(time, Some(SetTime::At(_)));
+    // Times with a change time come from the kernel's cache of writes that were allowed.
+    let from_cache = set.ctime.is_some();
+    let sets_times = !from_cache && (is_time(set.atime) || is_time(set.mtime));
+    let touches = !from_cache && (set.atime.is_some() || set.mtime.is_some());
+    let forbidden = (fixed && (set.mode.is_some() || set.uid.is_some() || set.gid.is_some()))
+        || (fixed && (sets_times || set.size.is_some()))
+        || (immutable && touches);
+    if forbidden { Err(Errno::EPERM.into()) } else { Ok(()) }
+}
 
 impl Ext4 {
     fn inode(&self, ino: Ino) -> Result<Arc<Inode>> {
@@ -43,7 +71,12 @@ impl Ext4 {
     /// The edge of a change of names, which `sync` and `dirsync` make durable before it returns.
     fn edge_names<T>(&self, ino: Ino, result: Result<T>) -> uext_vfs::Result<T> {
         let done = self.edge(ino, result)?;
-        if self.options.sync || self.options.dirsync {
+        let durable = InodeFlags::SYNC | InodeFlags::DIRSYNC;
+        let flagged = || {
+            let dir = u32::try_from(ino).ok().and_then(|ino| self.inodes.find(InodeNumber(ino)));
+            dir.is_some_and(|dir| dir.core.lock().flags.intersects(durable))
+        };
+        if self.options.sync || self.options.dirsync || flagged() {
             self.edge(ino, self.commit_names())?;
         }
         Ok(done)
@@ -71,11 +104,18 @@ impl Ext4 {
     }
 
     /// Applies what setattr(2) changes except the size.
-    fn set_attributes(&self, handle: &Handle, inode: &Arc<Inode>, set: &SetAttr) -> Result<()> {
+    fn set_attributes(
+        &self,
+        ctx: &Context,
+        handle: &Handle,
+        inode: &Arc<Inode>,
+        set: &SetAttr,
+    ) -> Result<()> {
         let now = self.now();
+        let keeps_sgid = ctx.uid == 0 || ctx.gid == inode.core.lock().gid;
         let time = |time: SetTime| match time {
             SetTime::Now => now,
-            SetTime::At(at) => at,
+            SetTime::At(at) => self.storable_time(at),
         };
         {
             let mut core = inode.core.lock();
@@ -88,9 +128,10 @@ impl Ext4 {
             if let Some(gid) = set.gid {
                 core.gid = gid;
             }
-            if set.kill_suidgid && inode.kind != FileKind::Directory {
+            if kills_suidgid(set) && inode.kind != FileKind::Directory {
+                let executable = core.mode & S_IXGRP != 0;
                 core.mode &= !S_ISUID;
-                if core.mode & S_IXGRP != 0 {
+                if executable || (set.gid.is_some() && !keeps_sgid) {
                     core.mode &= !S_ISGID;
                 }
             }
@@ -108,10 +149,14 @@ impl Ext4 {
         self.mark_attributes_dirty(handle, inode)
     }
 
-    fn set_attr(&self, ino: Ino, set: &SetAttr) -> Result<Attr> {
+    fn set_attr(&self, ctx: &Context, ino: Ino, set: &SetAttr) -> Result<Attr> {
         let inode = self.inode(ino)?;
         self.check_writable()?;
         let _exclusive = inode.rwsem.write();
+        check_flags(&inode, set)?;
+        if set.size.is_some() || set.kill_suidgid || kills_suidgid(set) {
+            self.kill_capability(&inode)?;
+        }
         if let Some(size) = set.size {
             match inode.kind {
                 FileKind::Regular => self.truncate(&inode, size)?,
@@ -129,7 +174,7 @@ impl Ext4 {
             && !others.kill_suidgid;
         if !only_size {
             let handle = self.start(credits::SETATTR + credits::XATTR)?;
-            self.set_attributes(&handle, &inode, &others)?;
+            self.set_attributes(ctx, &handle, &inode, &others)?;
         }
         Ok(inode.attr(self.block_size()))
     }
@@ -173,10 +218,13 @@ impl FileSystem for Ext4 {
     }
 
     fn iget(&self, _ctx: &Context, ino: Ino) -> uext_vfs::Result<Entry> {
+        if ino < self.sb.first_ino().0.into() && ino != self.root() {
+            return Err(Errno::ESTALE);
+        }
+        // The kernel asks for what it does not have itself, so an inode without links is on its
+        // way out, whatever lookups are still counted.
         match self.inode(ino) {
-            Ok(inode)
-                if inode.core.lock().nlink > 0 || inode.lookups.load(Ordering::Relaxed) > 0 =>
-            {
+            Ok(inode) if inode.core.lock().nlink > 0 => {
                 self.inodes.count_lookup(&inode);
                 Ok(self.entry(&inode))
             }
@@ -194,12 +242,17 @@ impl FileSystem for Ext4 {
         self.edge(ino, self.inode(ino)).map(|inode| inode.attr(self.block_size()))
     }
 
-    fn setattr(&self, _ctx: &Context, ino: Ino, set: &SetAttr) -> uext_vfs::Result<Attr> {
-        self.edge(ino, self.set_attr(ino, set))
+    fn setattr(&self, ctx: &Context, ino: Ino, set: &SetAttr) -> uext_vfs::Result<Attr> {
+        self.edge(ino, self.set_attr(ctx, ino, set))
     }
 
     fn readlink(&self, _ctx: &Context, ino: Ino) -> uext_vfs::Result<Vec<u8>> {
-        self.edge(ino, self.inode(ino).and_then(|inode| self.read_link(&inode)))
+        let target = self.inode(ino).and_then(|inode| {
+            let target = self.read_link(&inode)?;
+            self.touch_atime(&inode);
+            Ok(target)
+        });
+        self.edge(ino, target)
     }
 
     fn mknod(
@@ -374,6 +427,20 @@ impl FileSystem for Ext4 {
 
     fn lseek(&self, _ctx: &Context, ino: Ino, offset: u64, whence: i32) -> uext_vfs::Result<u64> {
         self.edge(ino, self.inode(ino).and_then(|inode| self.seek(&inode, offset, whence)))
+    }
+
+    fn bmap(&self, _ctx: &Context, ino: Ino, block: u64, block_size: u32) -> uext_vfs::Result<u64> {
+        self.edge(ino, self.inode(ino).and_then(|inode| self.block_map(&inode, block, block_size)))
+    }
+
+    fn ioctl(
+        &self,
+        ctx: &Context,
+        ino: Ino,
+        _fh: FileHandle,
+        ioctl: &Ioctl<'_>,
+    ) -> uext_vfs::Result<Vec<u8>> {
+        self.edge(ino, self.inode(ino).and_then(|inode| self.file_ioctl(ctx, &inode, ioctl)))
     }
 
     fn sync(&self) -> uext_vfs::Result<()> {

@@ -13,6 +13,7 @@
 //! guard only.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use uext_jbd2::Handle;
 use uext_ondisk::features::{Compat, Features};
@@ -65,6 +66,10 @@ impl<'a> XattrName<'a> {
         matches!(self.index, NameIndex::POSIX_ACL_ACCESS | NameIndex::POSIX_ACL_DEFAULT)
     }
 }
+
+/// What a program may do whoever runs it.
+const CAPABILITY: XattrName<'static> =
+    XattrName { index: NameIndex::SECURITY, rest: b"capability" };
 
 /// The attributes of an inode in both places.
 #[derive(Clone, Debug, Default)]
@@ -295,6 +300,21 @@ impl Ext4 {
         })
     }
 
+    /// Removes `security.capability`, which does not outlive a change of the file's data or
+    /// owner; the inode's lock is held exclusively.
+    pub(crate) fn kill_capability(&self, inode: &Inode) -> Result<()> {
+        let known = &inode.data.no_capability;
+        if known.load(Ordering::Relaxed) || inode.kind != FileKind::Regular {
+            return Ok(());
+        }
+        if self.xattr_value(inode, CAPABILITY)?.is_some() {
+            let handle = self.start(credits::XATTR + credits::SETATTR)?;
+            self.write_xattr(&handle, inode, CAPABILITY, None, XattrFlags::empty())?;
+        }
+        known.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// Sets or removes an attribute under a handle and notes the time; the inode's lock is held.
     ///
     /// # Errors
@@ -318,6 +338,9 @@ impl Ext4 {
             return Err(Errno::ENODATA.into());
         }
         let new = self.place_xattr(&old, name, value, room)?;
+        if name == CAPABILITY {
+            inode.data.no_capability.store(false, Ordering::Relaxed);
+        }
         // The block first: it is what may not be had.
         if new.block != old.block {
             self.write_xattr_block(handle, inode, &new.block)?;

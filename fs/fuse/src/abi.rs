@@ -133,6 +133,7 @@ wire! {
     FileLock[24] { start: u64, end: u64, kind: u32, pid: u32, }
     LkIn[48] { fh: u64, owner: u64, lk: FileLock, lk_flags: u32, padding: u32, }
     BmapIn[16] { block: u64, blocksize: u32, padding: u32, }
+    BmapOut[8] { block: u64, }
     IoctlIn[32] { fh: u64, flags: u32, cmd: u32, arg: u64, in_size: u32, out_size: u32, }
     IoctlOut[16] { result: i32, flags: u32, in_iovs: u32, out_iovs: u32, }
     PollIn[24] { fh: u64, kh: u64, flags: u32, events: u32, }

@@ -19,6 +19,7 @@ use uext_vfs::{
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
 use crate::abi::{self, Fattr, Fopen, InHeader, InitFlags, Opcode, WriteInFlags};
+use crate::caller::Caller;
 use crate::reply::{self, Answer, Listing, ReplyBuf, Timeouts};
 use crate::session::Config;
 
@@ -217,6 +218,7 @@ impl Dispatcher {
             Opcode::Fallocate => self.fallocate(req),
             Opcode::Lseek => self.lseek(req, out),
             Opcode::Ioctl => self.ioctl(req, out),
+            Opcode::Bmap => self.bmap(req, out),
 
             Opcode::Setxattr => self.setxattr(req),
             Opcode::Getxattr | Opcode::Listxattr => self.getxattr(opcode, req, out),
@@ -239,7 +241,6 @@ impl Dispatcher {
             | Opcode::Getlk
             | Opcode::Setlk
             | Opcode::Setlkw
-            | Opcode::Bmap
             | Opcode::Poll
             | Opcode::NotifyReply
             | Opcode::Setupmapping
@@ -363,7 +364,12 @@ impl Dispatcher {
         if name.is_empty() || name.contains(&b'/') {
             return Err(Errno::EINVAL);
         }
-        match self.fs.lookup(&req.context(), self.node(req), name) {
+        // A file handle is opened by its node alone, which may be of any type.
+        let found = match name {
+            b"." => self.fs.iget(&req.context(), self.node(req)),
+            _ => self.fs.lookup(&req.context(), self.node(req), name),
+        };
+        match found {
             Ok(entry) => self.put_entry(&entry, out)?,
             Err(Errno::ENOENT) if self.timeouts.negative > Duration::ZERO => {
                 out.put(&reply::negative_entry(&self.timeouts))?;
@@ -564,13 +570,21 @@ impl Dispatcher {
         let in_size = usize::try_from(args.in_size).map_err(|_| Errno::EINVAL)?;
         let input = req.payload.get(..in_size).ok_or(Errno::EINVAL)?;
         let out_size = usize::try_from(args.out_size).map_err(|_| Errno::EINVAL)?;
-        let ioctl = Ioctl { cmd: args.cmd, input, out_size };
+        let caller = Caller::new(req.header.pid);
+        let ioctl = Ioctl { cmd: args.cmd, input, out_size, arg: args.arg, caller: &caller };
         let data = self.fs.ioctl(&req.context(), self.node(req), FileHandle(args.fh), &ioctl)?;
         if data.len() > out_size {
             return Err(Errno::EIO);
         }
         out.put(&abi::IoctlOut::default())?;
         out.put_bytes(&data)?;
+        Ok(Answer::Buffer)
+    }
+
+    fn bmap(&self, req: &Request<'_>, out: &mut ReplyBuf<'_>) -> Result<Answer> {
+        let args: abi::BmapIn = req.args()?;
+        let block = self.fs.bmap(&req.context(), self.node(req), args.block, args.blocksize)?;
+        out.put(&abi::BmapOut { block })?;
         Ok(Answer::Buffer)
     }
 

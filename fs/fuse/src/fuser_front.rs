@@ -27,7 +27,8 @@ use fuser::{
 use parking_lot::{RwLock, RwLockReadGuard};
 use uext_vfs::{
     Attr, Context, DirEntry, DirSink, Errno, FileHandle, FileKind, FileSystem, Ino, Ioctl,
-    OpenReply, ReadReply, RenameFlags, Result, SetAttr, SetTime, Timestamp, XattrFlags,
+    NoCallerMemory, OpenReply, ReadReply, RenameFlags, Result, SetAttr, SetTime, Timestamp,
+    XattrFlags,
 };
 
 use crate::dispatch::{file_name, write_flags};
@@ -663,7 +664,9 @@ impl fuser::Filesystem for Adapter {
         let ino = self.0.ino(ino);
         let result = self.run(|fs| {
             let out_size = usize::try_from(out_size).map_err(|_| Errno::EINVAL)?;
-            let ioctl = Ioctl { cmd, input: in_data, out_size };
+            // The crate does not say where the argument lies.
+            let (arg, caller) = (0, &NoCallerMemory);
+            let ioctl = Ioctl { cmd, input: in_data, out_size, arg, caller };
             let data = fs.ioctl(&context(req, 0), ino, FileHandle(fh.0), &ioctl)?;
             if data.len() > out_size { Err(Errno::EIO) } else { Ok(data) }
         });

@@ -9,6 +9,7 @@
 //! held while the filesystem unmounts, none of them for any other call of it.
 
 pub mod abi;
+mod caller;
 mod devfuse;
 pub mod dispatch;
 pub mod fuser_front;

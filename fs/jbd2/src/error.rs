@@ -68,6 +68,9 @@ pub enum JournalError {
     /// The journal was aborted before; nothing is written any more.
     #[error("the journal was aborted: {0}")]
     Aborted(Box<JournalError>),
+    /// The filesystem was shut down on request. Not an error of the image: it is not noted.
+    #[error("shut down on request")]
+    Shutdown,
     /// An abort asked for by the filesystem, with the errno it gave.
     #[error("aborted by the filesystem (errno {0})")]
     Filesystem(i32),
@@ -112,6 +115,7 @@ impl JournalError {
             }
             Self::Corrupt(_) | Self::DamagedTransaction(_) => 117, // EUCLEAN
             Self::Unsupported(_) | Self::FastCommits(_) => 95,     // EOPNOTSUPP
+            Self::Shutdown => 5,                                   // EIO
             Self::Aborted(_) | Self::Closed => 30,                 // EROFS
             Self::Filesystem(errno) => *errno,
             Self::TooManyCredits { .. } | Self::NoCredits { .. } => 28, // ENOSPC

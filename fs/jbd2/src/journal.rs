@@ -327,11 +327,13 @@ impl Journal {
             return;
         }
         log::error!("journal aborted: {why}");
+        let is_error = why != JournalError::Shutdown;
         let errno = why.errno();
         state.aborted = Some(why.clone());
         drop(state);
         self.changed.notify_all();
-        if let Some(log) = &self.log
+        if is_error
+            && let Some(log) = &self.log
             && let Err(error) = log.write_errno(errno)
         {
             log::error!("noting the journal's error failed too: {error}");

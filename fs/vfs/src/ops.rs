@@ -245,8 +245,38 @@ pub struct Capabilities {
     pub read_only: bool,
 }
 
-/// An ioctl(2) of fixed size, on an open file or directory.
+/// Memory of the process that asks, for commands whose number does not say what they read
+/// and write.
+pub trait CallerMemory {
+    /// Copies from the caller.
+    ///
+    /// # Errors
+    /// `EFAULT`, or `EOPNOTSUPP` where the front end cannot reach it.
+    fn read(&self, address: u64, into: &mut [u8]) -> Result<()>;
+
+    /// Copies to the caller.
+    ///
+    /// # Errors
+    /// As for `read`.
+    fn write(&self, address: u64, bytes: &[u8]) -> Result<()>;
+}
+
+/// A caller out of reach.
 #[derive(Clone, Copy, Debug)]
+pub struct NoCallerMemory;
+
+impl CallerMemory for NoCallerMemory {
+    fn read(&self, _address: u64, _into: &mut [u8]) -> Result<()> {
+        Err(Errno::EOPNOTSUPP)
+    }
+
+    fn write(&self, _address: u64, _bytes: &[u8]) -> Result<()> {
+        Err(Errno::EOPNOTSUPP)
+    }
+}
+
+/// An ioctl(2) of fixed size, on an open file or directory.
+#[derive(Clone, Copy)]
 pub struct Ioctl<'a> {
     /// The command's number, such as `FS_IOC_GETFLAGS`.
     pub cmd: u32,
@@ -254,6 +284,10 @@ pub struct Ioctl<'a> {
     pub input: &'a [u8],
     /// The most bytes the caller takes back.
     pub out_size: usize,
+    /// The argument itself: for most commands an address of the caller's.
+    pub arg: u64,
+    /// Where that address leads.
+    pub caller: &'a dyn CallerMemory,
 }
 
 /// What statfs(2) shows; block counts in units of `bsize`.
@@ -464,6 +498,12 @@ pub trait FileSystem: Send + Sync {
 
     /// lseek(2) with `SEEK_DATA` and `SEEK_HOLE`.
     fn lseek(&self, _ctx: &Context, _ino: Ino, _offset: u64, _whence: i32) -> Result<u64> {
+        Err(Errno::ENOSYS)
+    }
+
+    /// Where a block of the file, in units of `block_size`, lies on the device, 0 for a hole:
+    /// for swap files and boot loaders, on a mount whose source is a block device.
+    fn bmap(&self, _ctx: &Context, _ino: Ino, _block: u64, _block_size: u32) -> Result<u64> {
         Err(Errno::ENOSYS)
     }
 
