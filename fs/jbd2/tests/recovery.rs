@@ -103,6 +103,7 @@ fn damaged_logs_are_kept_and_refused_by_a_mount() {
         let (report, bytes) = replay(&image, OnDamage::Keep);
         let error = report.unwrap_err();
         assert!(expected(&error), "{name}: {error:?}");
+        assert!(bytes == std::fs::read(&image).unwrap(), "{name}: refused, and yet written");
         std::fs::write(&image, bytes).unwrap();
         let (again, _) = replay(&image, OnDamage::Keep);
         assert_eq!(again.unwrap_err(), error, "{name}: the log is still there");

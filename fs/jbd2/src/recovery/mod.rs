@@ -9,7 +9,8 @@
 //! 2. **revoke** collects, for each block, the last transaction that revoked it.
 //! 3. **replay** writes each logged block home unless it was revoked by its own
 //!    or a later transaction. A logged block with a wrong checksum is left out
-//!    and reported; the others are still written.
+//!    and reported; with [`OnDamage::Reset`] the others are still written, with
+//!    [`OnDamage::Keep`] a trial of all passes finds it before anything is.
 //!
 //! Order of a replay: blocks home, flush, journal superblock (log empty, next
 //! transaction number), flush. A cut anywhere in between replays again.
@@ -32,12 +33,13 @@ use crate::error::{IoWhat, JournalError, Result};
 use crate::log_reader::JournalLocation;
 use crate::tid::Tid;
 use passes::{Passes, Scan};
-use target::{DeviceTarget, MemoryTarget, Target};
+use target::{DeviceTarget, MemoryTarget, Target, TrialTarget};
 
 /// What to do with the journal when a part of it was damaged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnDamage {
-    /// Keep the log and fail, as a mount does: the next attempt, or fsck, sees the same.
+    /// Keep the log, write nothing and fail, as a mount does: the next attempt, or fsck,
+    /// sees the same.
     Keep,
     /// Empty the log all the same and report the damage, as fsck does before a full check.
     Reset,
@@ -124,10 +126,16 @@ impl<'a> Recovery<'a> {
     /// # Errors
     /// `FastCommits` when such records wait, before anything is written; `Io` when
     /// a write or flush failed, and the log is kept; with [`OnDamage::Keep`] also
-    /// whatever was damaged, when everything else has been written.
+    /// whatever is damaged, before anything is written.
     pub fn replay(&self, on_damage: OnDamage) -> Result<RecoveryReport> {
         if !self.needs_recovery() {
             return Ok(RecoveryReport::clean(&self.sb));
+        }
+        if on_damage == OnDamage::Keep {
+            let mut trial = TrialTarget::new(self.fs, self.journal.block_size);
+            if let Some(damage) = self.run(&mut trial, true)?.damage {
+                return Err(damage);
+            }
         }
         let mut target = DeviceTarget::new(self.fs, self.journal.block_size);
         let mut report = self.run(&mut target, true)?;

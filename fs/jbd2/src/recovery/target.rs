@@ -1,4 +1,4 @@
-//! Where replayed blocks go: home, or into memory.
+//! Where replayed blocks go: home, into memory, or nowhere.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -33,6 +33,28 @@ fn check_on_device(device: &dyn BlockDevice, block_size: u32, block: FsBlock) ->
     }
     let corrupt = Corrupt::value("journal descriptor block", "tag lies outside the device");
     Err(corrupt.in_block(block).into())
+}
+
+/// Takes the blocks and forgets them: only whether there is damage is asked.
+pub(super) struct TrialTarget<'a> {
+    device: &'a dyn BlockDevice,
+    block_size: u32,
+}
+
+impl<'a> TrialTarget<'a> {
+    pub(super) fn new(device: &'a dyn BlockDevice, block_size: u32) -> Self {
+        Self { device, block_size }
+    }
+}
+
+impl Target for TrialTarget<'_> {
+    fn check(&self, block: FsBlock) -> Result<()> {
+        check_on_device(self.device, self.block_size, block)
+    }
+
+    fn put(&mut self, _: FsBlock, _: Vec<u8>) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Keeps the blocks.
