@@ -101,7 +101,8 @@ impl Ext4 {
         let cache = PageCache::new(config);
         let buffers = BufferCache::new(&cache, dev.clone(), sb.block_size());
         let groups = Groups::load(&sb, &buffers)?;
-        let system_zone = SystemZone::new(&sb, sb.groups().map(|g| groups.checked(&sb, g)))?;
+        let descs = sb.groups().map(|g| groups.checked(&sb, g));
+        let system_zone = SystemZone::new(&sb, descs, !read_only)?;
         let mut overhead = sb.first_data_block().0 + system_zone.blocks();
         if let Some(ino) = sb.journal_inum() {
             let map = journal_map(dev.as_ref(), &sb, ino)?;

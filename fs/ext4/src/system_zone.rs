@@ -3,8 +3,8 @@
 //! Invariants: the ranges are sorted, disjoint and not empty. The set is fixed for
 //! the life of the mount, since nothing here moves metadata.
 
-use uext_ondisk::FsBlock;
 use uext_ondisk::superblock::Superblock;
+use uext_ondisk::{Corrupt, FsBlock};
 
 use crate::error::Result;
 use crate::groups::Desc;
@@ -18,7 +18,15 @@ pub(crate) struct SystemZone {
 
 impl SystemZone {
     /// Collects the zone from the descriptors, in group order.
-    pub fn new(sb: &Superblock, descs: impl Iterator<Item = Result<Desc>>) -> Result<Self> {
+    ///
+    /// # Errors
+    /// Those of the descriptors; with `writable`, that two structures share a block: a
+    /// thread may hold both, as two blocks, and would write one into the other.
+    pub fn new(
+        sb: &Superblock,
+        descs: impl Iterator<Item = Result<Desc>>,
+        writable: bool,
+    ) -> Result<Self> {
         let mut ranges = Vec::new();
         for (group, desc) in sb.groups().zip(descs) {
             let desc = desc?;
@@ -40,6 +48,10 @@ impl SystemZone {
         let mut merged: Vec<(u64, u64)> = Vec::new();
         for (start, end) in ranges {
             match merged.last_mut() {
+                Some(last) if start < last.1 && writable => {
+                    let detail = format!("two structures lie at block {start}");
+                    return Err(Corrupt::value("group descriptors", detail).into());
+                }
                 Some(last) if start <= last.1 => last.1 = last.1.max(end),
                 _ => merged.push((start, end)),
             }
