@@ -19,6 +19,9 @@ pub const SUPER: u32 = 1;
 /// An attribute change of one inode.
 pub const SETATTR: u32 = 1 + 1;
 
+/// The superblock, for the feature that the first file over 2 GiB needs.
+pub const LARGE_FILE: u32 = 1;
+
 /// An inode and its place: bitmap, descriptor, table block.
 pub const NEW_INODE: u32 = 3;
 

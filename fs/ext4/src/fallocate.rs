@@ -116,6 +116,9 @@ impl Ext4 {
                 return Err(Errno::EOPNOTSUPP.into());
             }
             self.flush_data(inode)?;
+            if !keep_size {
+                self.allow_size(end)?;
+            }
             match kind {
                 Kind::Allocate => self.preallocate(ctx, inode, &range)?,
                 Kind::Punch => self.punch(inode, &range)?,

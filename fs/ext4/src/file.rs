@@ -354,6 +354,7 @@ impl Ext4 {
             }
             let room = usize::try_from(most - offset).unwrap_or(usize::MAX);
             let data = &data[..data.len().min(room)];
+            self.allow_size(offset + data.len() as u64)?;
             if flags.contains(WriteFlags::KILL_SUIDGID) {
                 kill_suidgid(inode);
             }

@@ -12,6 +12,7 @@ use uext_jbd2::Handle;
 use uext_ondisk::extent::{Extent, MAX_UNWRITTEN_LEN, MAX_WRITTEN_LEN};
 use uext_ondisk::features::RoCompat;
 use uext_ondisk::indirect::{max_block_map_file_size, max_extent_file_size};
+use uext_ondisk::superblock::Superblock;
 use uext_ondisk::{FsBlock, LogicalBlock};
 use uext_vfs::Errno;
 
@@ -28,6 +29,8 @@ const MAX_RUNS: usize = 256;
 const BLOCK_MAP_RUN: u32 = 1024;
 /// Most bytes of a revoke block that hold no records.
 const REVOKE_HEADER: u32 = 32;
+/// The largest file of an image without the feature `large_file`.
+const LARGE_FILE_BYTES: u64 = i32::MAX as u64;
 /// Groups whose bitmaps a step of removal may change (see `credits::TRUNCATE`).
 const GROUPS_PER_STEP: usize = 8;
 
@@ -208,11 +211,27 @@ impl Ext4 {
         } else {
             max_block_map_file_size(block_size, huge)
         };
-        if features.ro_compat.contains(RoCompat::LARGE_FILE) {
-            most
-        } else {
-            most.min(i32::MAX as u64)
+        // A revision 0 image has no features to say that it has large files.
+        if self.sb.is_rev0() { most.min(LARGE_FILE_BYTES) } else { most }
+    }
+
+    /// Sets the feature that a file of this size needs, before the first file has it.
+    ///
+    /// # Errors
+    /// How the journal failed.
+    pub(crate) fn allow_size(&self, size: u64) -> Result<()> {
+        let has_it = |sb: &Superblock| sb.features().ro_compat.contains(RoCompat::LARGE_FILE);
+        if size <= LARGE_FILE_BYTES || has_it(&self.sb) || self.with_super(has_it) {
+            return Ok(());
         }
+        let handle = self.start(credits::LARGE_FILE)?;
+        let mut set = Ok(());
+        self.update_super(&handle, |sb| {
+            let mut features = sb.features();
+            features.ro_compat |= RoCompat::LARGE_FILE;
+            set = sb.set_features(features);
+        })?;
+        Ok(set?)
     }
 }
 

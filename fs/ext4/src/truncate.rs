@@ -39,6 +39,7 @@ impl Ext4 {
         if size > self.max_file_size(inode) {
             return Err(Errno::EFBIG.into());
         }
+        self.allow_size(size)?;
         self.zero_tail(inode, old)?;
         if inode.core.lock().disk_size < old {
             // Data before the old end is written first: the size on the disk tells of it.
