@@ -7,7 +7,7 @@ DEMO_DIR ?= /var/tmp/uext-demo
 
 UEXT := $(or $(CARGO_TARGET_DIR),target)/release/uext
 
-.PHONY: help all deps check test demo install uninstall fuzz bench bench-micro test-uring identity clean
+.PHONY: help all deps check test demo install uninstall fuzz bench bench-micro test-uring identity lint-deps test-full fsx clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
@@ -22,8 +22,19 @@ check: ## Formatting and lints, warnings denied
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 
+lint-deps: ## Spelling, and the dependencies' licenses, sources and advisories
+	@tests/scripts/lint-deps.sh
+
 test: deps check ## All tests that take minutes
 	$(CARGO) test --workspace --locked --no-fail-fast
+
+fsx: deps ## fsx, 100,000 operations on every kind of filesystem (cargo install fsx; minutes)
+	UEXT_LONG=1 $(CARGO) test --locked -p uext-tests --test programs fsx_finds -- --test-threads 1
+
+test-full: deps ## Full sizes, all states, many seeds (an hour)
+	UEXT_TEST_FULL=1 $(CARGO) test --locked -p uext-tests --test compat -- --test-threads 1
+	UEXT_CRASH_KERNEL=all $(CARGO) test --locked -p uext-tests --test crash
+	UEXT_SEEDS=60 $(CARGO) test --locked -p uext-tests --test badinput
 
 demo: deps all ## Make an image, mount it, copy a tree in, unmount, check it
 	@tests/scripts/demo.sh $(UEXT) $(DEMO_DIR)

@@ -182,11 +182,11 @@ fn an_image_that_may_not_be_written_is_mounted_read_only() {
         |options: &str| Bench::run(&[Path::new("mount"), device, &bench.dir(), Path::new(options)]);
     let (refused, mounted) = (mount("rw"), mount("defaults"));
     let entry = bench.entry();
-    let umounted = bench.umount();
+    let unmounted = bench.umount();
     Command::new("losetup").arg("-d").arg(device).status().unwrap();
     assert_eq!(refused.status.code(), Some(32));
     assert!(mounted.status.success(), "{}", said(&mounted));
     assert!(said(&mounted).contains("read-only"), "{}", said(&mounted));
     assert_eq!(entry.unwrap().source, device.as_os_str());
-    assert!(umounted.status.success(), "{}", said(&umounted));
+    assert!(unmounted.status.success(), "{}", said(&unmounted));
 }
