@@ -6,7 +6,6 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use uext_tests::scratch::Kind;
 use uext_tests::tree::Rng;
@@ -248,18 +247,46 @@ fn fsx_program() -> Option<PathBuf> {
     Some(program)
 }
 
-#[test]
-fn fsx_finds_nothing_in_a_hundred_thousand_operations() {
+/// By itself fsx waits for the disk after each mapped write; here at random, and every
+/// way to read and write takes part.
+const MIXED: &str = "nomsyncafterwrite = true\n[weights]\nclose_open = 1.0\ninvalidate = 1.0\n\
+                     fsync = 0.1\nfdatasync = 0.1\ntruncate = 5.0\nposix_fadvise = 1.0\n\
+                     sendfile = 2.0\ncopy_file_range = 5.0\n";
+
+fn fsx_finds_nothing(kind: Kind, options: &'static str, config: Option<&str>) {
     require!("mke2fs", "e2fsck");
     let Some(program) = fsx_program() else { return };
-    let mounted = Mounted::new(EXT4, 64);
-    // By itself it waits for the disk after each mapped write; here at random.
-    let config = mounted.outside().join("fsx.toml");
-    let text = "nomsyncafterwrite = true\n[weights]\nclose_open = 1.0\ninvalidate = 1.0\n\
-                fsync = 0.1\nfdatasync = 0.1\ntruncate = 5.0\n";
-    std::fs::write(&config, text).expect("write");
-    let mut fsx = Command::new("timeout");
-    fsx.arg("900").arg(program).args(["-N", "100000", "-S", "7", "-f"]).arg(&config);
+    let mounted = Mounted::with_options(kind, 64, options);
+    let mut fsx = limited(3_600, program.to_str().expect("a path of text"));
+    fsx.args(["-N", "100000", "-S", "7"]);
+    if let Some(config) = config {
+        let path = mounted.outside().join("fsx.toml");
+        std::fs::write(&path, config).expect("write");
+        fsx.arg("-f").arg(path);
+    }
     run(fsx.arg("-P").arg(mounted.outside()).arg(mounted.path().join("file")));
     mounted.finish();
+}
+
+macro_rules! fsx_tests {
+    ($($name:ident: $fs:literal $block_size:literal $options:literal $config:expr;)*) => {
+        mod fsx_finds_nothing_in_a_hundred_thousand_operations {
+            use super::{Kind, MIXED, fsx_finds_nothing};
+            $(#[test]
+            fn $name() {
+                fsx_finds_nothing(Kind { fs: $fs, block_size: $block_size }, $options, $config);
+            })*
+        }
+    };
+}
+
+fsx_tests! {
+    on_ext4: "ext4" 4096 "" Some(MIXED);
+    on_ext4_waiting_for_each_mapped_write: "ext4" 4096 "" None;
+    on_ext4_with_the_kernels_writeback_cache: "ext4" 4096 "writeback_cache" Some(MIXED);
+    on_ext4_with_small_blocks: "ext4" 1024 "" Some(MIXED);
+    on_ext3: "ext3" 4096 "" Some(MIXED);
+    on_ext3_with_small_blocks: "ext3" 1024 "" Some(MIXED);
+    on_ext2: "ext2" 4096 "" Some(MIXED);
+    on_ext2_with_small_blocks: "ext2" 1024 "" Some(MIXED);
 }
