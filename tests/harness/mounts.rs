@@ -2,8 +2,25 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use crate::{run, uext};
+
+/// Unmounts. A process that another test is just starting has this one's open files until
+/// its exec, so a mount that is busy is tried again for a while.
+#[track_caller]
+fn unmount(command: &mut Command) {
+    const TRIES: usize = 100;
+    for attempt in 1..=TRIES {
+        let output = command.output().expect("run the program");
+        if output.status.success() {
+            return;
+        }
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(text.contains("busy") && attempt < TRIES, "{command:?}: {}\n{text}", output.status);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
 
 /// An image mounted by the kernel over a loop device.
 pub struct KernelMount {
@@ -31,7 +48,7 @@ impl KernelMount {
     /// Unmounts; panics when that fails.
     #[track_caller]
     pub fn unmount(self) {
-        run(Command::new("umount").arg(&self.dir));
+        unmount(Command::new("umount").arg(&self.dir));
         std::mem::forget(self);
     }
 }
@@ -89,7 +106,7 @@ impl UextMount {
     /// Unmounts and waits until the image is clean; panics when that fails.
     #[track_caller]
     pub fn unmount(self) {
-        run(Command::new(uext()).arg("umount").arg(&self.dir));
+        unmount(Command::new(uext()).arg("umount").arg(&self.dir));
         std::mem::forget(self);
     }
 }

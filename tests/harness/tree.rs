@@ -271,7 +271,8 @@ pub fn tools_listing(root: &Path) -> String {
     let mut find = Command::new("bash");
     find.arg("-c").arg(format!(
         "cd '{}' && find . -not -path './lost+found*' -ls | awk '{{$1=\"\"; print}}' | LC_ALL=C sort && \
-         getfattr -R -P -d -m - . 2>/dev/null | head -5000 && getfacl -R -P -n special",
+         getfattr -R -P -d -m - . 2>/dev/null | head -5000 && \
+         find . \\( -name special -o -name moved \\) -prune -exec getfacl -R -P -n {{}} +",
         root.display()
     ));
     run(&mut find)
