@@ -2,7 +2,10 @@
 //! is written, and what still mounts does not take the daemon down.
 
 mod journals;
+mod bases;
+mod flips;
 mod superblock;
+mod work;
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -160,4 +163,23 @@ fn flipped_bytes_neither_crash_nor_hang_nor_write() {
         }
         assert!(before == fs::read(&image).expect("read"), "a read-only mount wrote");
     }
+}
+
+/// A thread that makes an inode holds the inode bitmap while it clears the raw inode: when a
+/// damaged descriptor put both in one block it waited for itself.
+#[test]
+fn descriptors_that_share_a_block_are_refused_for_writing() {
+    require!("mke2fs");
+    let scratch = Scratch::new();
+    let dir = scratch.mount_point("mnt");
+    let image = scratch.mkfs("shared.img", KINDS[0], 64 * MIB, &[]);
+    let mut table = [0; 4];
+    let descriptor = 2 * 1024;
+    let file = OpenOptions::new().read(true).open(&image).expect("open the image");
+    file.read_exact_at(&mut table, descriptor + 8).expect("read bg_inode_table");
+    patch(&image, descriptor + 4, &table);
+    assert_refused(&image, &dir, "", "two structures lie at block");
+    let mount = UextMount::new(&image, &dir, "ro");
+    assert!(fs::read_dir(&dir).expect("readdir").count() > 0);
+    mount.unmount();
 }
