@@ -16,6 +16,7 @@ mod git;
 mod huge;
 mod mapping;
 mod mmap;
+mod ordinary_user;
 mod sqlite;
 mod stress;
 

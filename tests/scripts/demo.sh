@@ -20,8 +20,8 @@ trap 'exit 130' INT TERM
 rm -rf "$dir"
 mkdir -p "$mnt"
 
-say "make an ext4 image of 512 MiB: uext mkfs $img 512M"
-"$uext" mkfs -q "$img" 512M
+say "make an ext4 image of 512 MiB: uext mkfs -E root_owner $img 512M"
+"$uext" mkfs -q -E root_owner "$img" 512M
 say "mount it: uext mount $img $mnt"
 "$uext" mount "$img" "$mnt"
 df -h "$mnt" | sed 's/^/   /'
