@@ -1,9 +1,9 @@
 //! Damaged, foreign and busy images: a mount is refused in one clear line, nothing
 //! is written, and what still mounts does not take the daemon down.
 
-mod journals;
 mod bases;
 mod flips;
+mod journals;
 mod superblock;
 mod work;
 

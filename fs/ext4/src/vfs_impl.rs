@@ -42,9 +42,9 @@ fn check_flags(inode: &Inode, set: &SetAttr) -> Result<()> {
     let from_cache = set.ctime.is_some();
     let sets_times = !from_cache && (is_time(set.atime) || is_time(set.mtime));
     let touches = !from_cache && (set.atime.is_some() || set.mtime.is_some());
-    let forbidden = (fixed && (set.mode.is_some() || set.uid.is_some() || set.gid.is_some()))
-        || (fixed && (sets_times || set.size.is_some()))
-        || (immutable && touches);
+    let sets_owner = set.mode.is_some() || set.uid.is_some() || set.gid.is_some();
+    let forbidden =
+        (fixed && (sets_owner || sets_times || set.size.is_some())) || (immutable && touches);
     if forbidden { Err(Errno::EPERM.into()) } else { Ok(()) }
 }
 
