@@ -28,6 +28,9 @@ use crate::folio::{
 use crate::frame::PAGE_SIZE;
 use crate::rmap::{FrameOwner, Mapping};
 
+/// How often a sync begins again because others gave up writes of its pages meanwhile.
+const GIVEN_UP_TRIES: u32 = 64;
+
 /// Why pages are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WritebackReason {
@@ -86,6 +89,8 @@ struct Tags {
     writeback: BTreeMap<u64, u32>,
     /// Whether the cache's list has this address space.
     listed: bool,
+    /// Writes that were given up: their pages are dirty again without an error.
+    given_up: u64,
 }
 
 /// The cached pages of one inode.
@@ -105,12 +110,12 @@ pub struct AddressSpace {
 impl AddressSpace {
     /// The pages of the inode `id`.
     pub fn new(cache: &Arc<PageCache>, id: u64, ops: Weak<dyn AddressSpaceOps>) -> Arc<Self> {
+        // WHY-RELAXED: only distinct numbers are wanted.
         static SEQ: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
         Arc::new_cyclic(|me| Self {
             me: me.clone(),
             cache: cache.clone(),
             id,
-            // Relaxed: only distinct numbers are wanted.
             seq: SEQ.fetch_add(1, Ordering::Relaxed),
             ops,
             pages: RwLock::default(),
@@ -287,18 +292,26 @@ impl AddressSpace {
     /// The first failure of these writes.
     pub fn write_and_wait(self: &Arc<Self>, range: Range<u64>) -> Result<(), WritebackError> {
         let before = self.errseq.count();
-        if !self.dirty_folios(range.clone(), 1).is_empty() {
-            let wbc = WritebackControl {
-                range: range.clone(),
-                nr_to_write: u64::MAX,
-                sync: true,
-                reason: WritebackReason::Sync,
-            };
-            let Some(ops) = self.ops() else { return Err(WritebackError::Io) };
-            ops.writepages(self, &wbc)?;
+        for _ in 0..GIVEN_UP_TRIES {
+            let given_up = self.tags.lock().given_up;
+            if !self.dirty_folios(range.clone(), 1).is_empty() {
+                let wbc = WritebackControl {
+                    range: range.clone(),
+                    nr_to_write: u64::MAX,
+                    sync: true,
+                    reason: WritebackReason::Sync,
+                };
+                let Some(ops) = self.ops() else { return Err(WritebackError::Io) };
+                ops.writepages(self, &wbc)?;
+            }
+            self.wait_writeback(range.clone());
+            // A page that another had taken to write, and then did not, was neither dirty
+            // nor an error when we looked.
+            if self.tags.lock().given_up == given_up {
+                return self.errseq.since_count(before);
+            }
         }
-        self.wait_writeback(range);
-        self.errseq.since_count(before)
+        Err(WritebackError::Io)
     }
 
     /// Called by writers, without locks, after they dirtied pages: wakes the flusher, and
@@ -420,7 +433,10 @@ impl AddressSpace {
                 Ok(()) => {
                     counters.written.fetch_add(1, Ordering::Relaxed);
                 }
-                Err(None) => self.tag_dirty(&mut tags, folio, dirty_bits(dirty)),
+                Err(None) => {
+                    tags.given_up += 1;
+                    self.tag_dirty(&mut tags, folio, dirty_bits(dirty));
+                }
                 Err(Some(error)) => self.write_failed(&mut tags, folio, dirty, error),
             }
         }
