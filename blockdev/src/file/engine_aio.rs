@@ -68,7 +68,9 @@ struct SharedContext {
     taken: SlabQueue,
     /// Signalled with each completion, and to stop.
     wake: EventFd,
+    /// PAIRS-WITH: the release of `stop` with the acquire of `reap`, which counts after it.
     stopping: AtomicBool,
+    /// WHY-RELAXED: a hint; the worst is one more refused call.
     /// The file takes no `RWF_NOWAIT`: known after the first refusal.
     no_nowait: AtomicBool,
 }
@@ -170,6 +172,13 @@ impl SharedContext {
     /// Moves what waits into the context, as far as there are places, with one system
     /// call where the kernel takes all.
     fn pump(&self) {
+        // Again after a refusal: its place is free, and with nothing left in flight no
+        // completion would come to fill it from the queue.
+        while self.pump_once() {}
+    }
+
+    /// Whether bios were refused and went to the helper.
+    fn pump_once(&self) -> bool {
         let refused = {
             let mut sq = self.sq.lock();
             let mut slab = self.taken.lock();
@@ -180,9 +189,11 @@ impl SharedContext {
             self.taken.made_room();
             self.submit(&mut sq)
         };
+        let any = !refused.is_empty();
         for bio in refused {
             self.helper.take_over(bio);
         }
+        any
     }
 
     /// Submits what is ready; gives back what the kernel does not take.
