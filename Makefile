@@ -7,7 +7,7 @@ DEMO_DIR ?= /var/tmp/uext-demo
 
 UEXT := $(or $(CARGO_TARGET_DIR),target)/release/uext
 
-.PHONY: help all deps check test demo install uninstall fuzz bench bench-micro test-uring identity lint-deps test-full fsx clean
+.PHONY: help all deps check test models demo install uninstall fuzz bench bench-micro test-uring identity lint-deps test-full fsx clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,11 @@ lint-deps: ## Spelling, and the dependencies' licenses, sources and advisories
 
 test: deps check ## All tests that take minutes
 	$(CARGO) test --workspace --locked --no-fail-fast
+	@tests/scripts/models.sh
+
+models: ## Concurrency models under some 400,000 schedules of the journal and more, and their planted defects
+	@UEXT_MODEL_FACTOR=100 tests/scripts/models.sh
+	@tests/scripts/model-mutants.sh
 
 fsx: deps ## fsx, 100,000 operations on every kind of filesystem (cargo install fsx; minutes)
 	UEXT_LONG=1 $(CARGO) test --locked -p uext-tests --test programs fsx_finds -- --test-threads 1

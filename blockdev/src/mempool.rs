@@ -253,12 +253,17 @@ mod tests {
 mod loom_tests {
     use super::*;
 
+    /// A lost wakeup needs two preemptions; more take minutes, which `make models` has.
+    fn check(model: impl Fn() + Sync + Send + 'static) {
+        let mut builder = loom::model::Builder::new();
+        let long = std::env::var_os("UEXT_MODEL_FACTOR").is_some();
+        builder.preemption_bound = Some(if long { 3 } else { 2 });
+        builder.check(model);
+    }
+
     #[test]
     fn loom_no_wakeup_is_lost_with_one_element_and_three_takers() {
-        let mut model = loom::model::Builder::new();
-        // All of them take a minute; a lost wakeup needs two preemptions.
-        model.preemption_bound = Some(3);
-        model.check(|| {
+        check(|| {
             let pool = Mempool::reserve_only(1, || 0u32);
             let threads: Vec<_> = (0..2)
                 .map(|_| {
@@ -275,8 +280,31 @@ mod loom_tests {
     }
 
     #[test]
+    fn loom_with_nothing_free_each_return_serves_the_first_waiter() {
+        check(|| {
+            let pool = Mempool::reserve_only(1, || Vec::new());
+            let held = pool.take();
+            let first = {
+                let pool = pool.clone();
+                loom::thread::spawn(move || pool.take().push(1))
+            };
+            while pool.inner.state.lock().waiters.is_empty() {
+                loom::thread::yield_now();
+            }
+            let second = {
+                let pool = pool.clone();
+                loom::thread::spawn(move || pool.take().push(2))
+            };
+            drop(held);
+            first.join().expect("the first is served");
+            second.join().expect("the second is served");
+            assert_eq!(*pool.take(), [1, 2], "nobody overtakes who waits");
+        });
+    }
+
+    #[test]
     fn loom_try_take_neither_overtakes_nor_strands_a_waiter() {
-        loom::model(|| {
+        check(|| {
             let pool = Mempool::reserve_only(1, || 0u32);
             let held = pool.take();
             let waiter = {

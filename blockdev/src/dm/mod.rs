@@ -6,11 +6,15 @@
 pub mod crash;
 pub mod flakey;
 pub mod log_writes;
+#[cfg(shuttle)]
+pub mod model;
 pub mod snapshot;
 
 pub use crash::{CrashOptions, CrashPoint, DiscardFill, UnitSet};
 pub use flakey::Flakey;
 pub use log_writes::{LogWrites, WriteLog};
+#[cfg(shuttle)]
+pub use model::ModelDisk;
 pub use snapshot::SnapshotDevice;
 
 /// A small generator (splitmix64) whose seed replays everything drawn from it.

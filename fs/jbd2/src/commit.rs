@@ -13,6 +13,7 @@ use uext_sync::MutexGuard;
 use uext_sync::time::{Duration, Instant};
 
 use crate::error::{JournalError, Result};
+use crate::handle::HANDLE;
 use crate::journal::{Journal, is_pending};
 use crate::log::Log;
 use crate::tid::{Tid, tid_geq};
@@ -36,6 +37,7 @@ impl Journal {
     /// As [`Journal::commit`].
     pub fn commit_covering(&self, tid: Tid) -> Result<bool> {
         let Some(log) = &self.log else { return Ok(false) };
+        HANDLE.check();
         let mut state = self.state.lock();
         let covers = state.running.as_ref().is_some_and(|tx| tx.tid == tid);
         loop {

@@ -22,6 +22,7 @@ use std::collections::btree_map::Entry;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use uext_sync::atomic::Ordering;
+use uext_sync::lockdep::{Class, Held};
 
 use uext_blockdev::AlignedBuf;
 use uext_pagecache::{Buffer, BufferWriteGuard};
@@ -30,6 +31,9 @@ use crate::error::{JournalError, Result};
 use crate::journal::{Journal, revoke_blocks};
 use crate::tid::Tid;
 use crate::transaction::TxState;
+
+/// For the order of locks: a handle, which whoever starts one or commits may wait for.
+pub static HANDLE: Class = Class::new("a journal handle");
 
 /// An update in progress; dropping it ends the update.
 #[must_use = "an update ends when its handle is dropped"]
@@ -41,11 +45,14 @@ pub struct Handle {
     sync: Cell<bool>,
     /// Counted in its transaction; not after a restart that failed.
     active: bool,
+    held: Option<Held>,
 }
 
 impl Handle {
     pub(crate) fn new(journal: Arc<Journal>, tid: Tid, credits: u32) -> Self {
-        Self { journal, tid, credits: Cell::new(credits), sync: Cell::new(false), active: true }
+        let (credits, sync) = (Cell::new(credits), Cell::new(false));
+        let held = journal.has_journal().then(|| HANDLE.acquired());
+        Self { journal, tid, credits, sync, active: true, held }
     }
 
     /// The transaction it belongs to; 0 without a journal.
@@ -191,7 +198,9 @@ impl Handle {
         if std::mem::replace(&mut self.active, false) {
             self.journal.leave(self.tid, self.credits.replace(0));
         }
+        self.held = None;
         self.tid = self.journal.join(credits)?;
+        self.held = self.journal.has_journal().then(|| HANDLE.acquired());
         self.credits.set(credits);
         self.active = true;
         Ok(())
@@ -203,6 +212,7 @@ impl Drop for Handle {
         if self.active {
             self.journal.leave(self.tid, self.credits.get());
         }
+        self.held = None;
         if self.sync.get()
             && let Err(error) = self.journal.commit(self.tid)
         {

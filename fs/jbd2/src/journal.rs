@@ -8,13 +8,13 @@ use std::time::Duration;
 use uext_sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use uext_blockdev::BlockDevice;
-use uext_pagecache::{BufferCache, CheckpointHook};
-use uext_sync::{Condvar, Mutex, RwLock};
+use uext_pagecache::{BLOCK_CONTENTS, BufferCache, CheckpointHook, PAGE_CONTENTS};
+use uext_sync::{Condvar, Mutex, RwLock, lockdep};
 
 use crate::background::Background;
 use crate::config::JournalConfig;
 use crate::error::{JournalError, Result};
-use crate::handle::Handle;
+use crate::handle::{HANDLE, Handle};
 use crate::log::Log;
 use crate::map::JournalMap;
 use crate::tid::{Tid, tid_geq};
@@ -63,6 +63,8 @@ pub struct Journal {
     /// Held while blocks are on their way home.
     pub(crate) home_io: Mutex<()>,
     /// The running transaction has freed blocks: buffers it holds need a closer look.
+    /// WHY-RELAXED: it matters for a block that this transaction freed and uses again, and
+    /// who uses it again comes after who freed it by the filesystem's locks.
     pub(crate) has_forgotten: AtomicBool,
     pub(crate) on_commit: RwLock<Vec<OnCommit>>,
     on_abort: RwLock<Vec<OnAbort>>,
@@ -87,6 +89,8 @@ impl Journal {
         buffers: Arc<BufferCache>,
         config: JournalConfig,
     ) -> Result<Arc<Self>> {
+        lockdep::declare(&PAGE_CONTENTS, &HANDLE);
+        lockdep::declare(&HANDLE, &BLOCK_CONTENTS);
         let (log, sb) = Log::open(dev, map, buffers.block_size(), fs_uuid, &config)?;
         let in_ring = sb.head >= log.first && sb.head < log.end;
         let head = if in_ring { sb.head } else { log.first };
@@ -187,6 +191,7 @@ impl Journal {
             self.plain[0].fetch_add(1, Ordering::SeqCst);
             return Ok(0);
         };
+        HANDLE.check();
         let most = self.max_credits();
         if credits > most {
             return Err(JournalError::TooManyCredits { asked: credits, most });

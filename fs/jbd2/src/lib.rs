@@ -38,13 +38,15 @@ pub mod journal;
 mod log;
 pub mod log_reader;
 pub mod map;
+#[cfg(all(test, shuttle))]
+mod model;
 pub mod recovery;
 pub mod tid;
 pub mod transaction;
 
 pub use config::JournalConfig;
 pub use error::{IoWhat, JournalError, Result};
-pub use handle::{Handle, WriteGuard};
+pub use handle::{HANDLE, Handle, WriteGuard};
 pub use journal::{BeforeCommit, Journal, JournalStatus, OnAbort, OnCommit};
 pub use log_reader::JournalLocation;
 pub use map::{JournalMap, JournalRun};

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use uext_sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use uext_blockdev::{AlignedBuf, BioVec};
+use uext_sync::lockdep::{Class, Held};
 use uext_sync::{Condvar, Mutex, MutexGuard};
 
 use crate::cache::Counters;
@@ -34,6 +35,9 @@ const VERIFIED: u32 = 1 << 3;
 const WRITE_ERROR: u32 = 1 << 4;
 /// The block was freed; cleared when it gets contents again.
 const FORGOTTEN: u32 = 1 << 5;
+
+/// For the order of locks: the contents of a block.
+pub static BLOCK_CONTENTS: Class = Class::new("contents of a block");
 
 /// A counted reference to a buffer.
 pub type Buffer = Arc<BufferHead>;
@@ -96,6 +100,10 @@ pub struct BufferHead {
     /// Which piece of the frame it is.
     piece: u8,
     frame: Arc<Frame>,
+    /// PAIRS-WITH: itself, as a folio's: the acquire of `has` with the release of `set` and
+    /// `clear`; who sees a flag sees what came before it. The dirty mark changes under the
+    /// dirty set's lock.
+    /// WHY-RELAXED: in `Debug`, which shows a moment.
     state: AtomicU32,
     journal: Mutex<JournalHead>,
     dirty: Arc<DirtyBuffers>,
@@ -133,7 +141,8 @@ impl BufferHead {
     /// The contents, shared. Waits while somebody writes them or a read from the
     /// device is under way. May be taken again by a thread that holds it.
     pub fn read(&self) -> BufferReadGuard<'_> {
-        BufferReadGuard(self.frame.read(usize::from(self.piece)))
+        let held = BLOCK_CONTENTS.acquire();
+        BufferReadGuard(self.frame.read(usize::from(self.piece)), held)
     }
 
     /// The contents, exclusive. Only journal handles and recovery use it: a change
@@ -144,7 +153,8 @@ impl BufferHead {
     /// concurrent [`bread`](crate::BufferCache::bread) of a block that was not read
     /// yet would fetch it from the device over the new contents.
     pub fn write(&self) -> BufferWriteGuard<'_> {
-        BufferWriteGuard(self.frame.write(usize::from(self.piece)))
+        let held = BLOCK_CONTENTS.acquire();
+        BufferWriteGuard(self.frame.write(usize::from(self.piece)), held)
     }
 
     /// Exclusive access that may be released by another thread, when it is free.
@@ -166,7 +176,6 @@ impl BufferHead {
     }
 
     fn has(&self, flag: u32) -> bool {
-        // PAIRS-WITH: the AcqRel changes below: who sees the flag sees what came before it.
         self.state.load(Ordering::Acquire) & flag != 0
     }
 
@@ -341,7 +350,7 @@ impl Drop for BufferHead {
 }
 
 /// A block's contents, shared.
-pub struct BufferReadGuard<'a>(FrameRead<&'a Frame>);
+pub struct BufferReadGuard<'a>(FrameRead<&'a Frame>, #[allow(dead_code)] Held);
 
 impl Deref for BufferReadGuard<'_> {
     type Target = [u8];
@@ -361,7 +370,7 @@ impl Deref for BufferOwnedReadGuard {
 }
 
 /// A block's contents, exclusive.
-pub struct BufferWriteGuard<'a>(FrameWrite<&'a Frame>);
+pub struct BufferWriteGuard<'a>(FrameWrite<&'a Frame>, #[allow(dead_code)] Held);
 
 impl Deref for BufferWriteGuard<'_> {
     type Target = [u8];

@@ -83,6 +83,7 @@ pub struct BufferCache {
     dirty: Arc<DirtyBuffers>,
     bounce: BouncePool,
     /// Whether the flusher writes dirty buffers.
+    /// WHY-RELAXED: set before the flusher has anything to write; seen late, one round is late.
     flusher: AtomicBool,
     checkpoint: RwLock<Option<Weak<dyn CheckpointHook>>>,
 }

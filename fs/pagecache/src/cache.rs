@@ -86,8 +86,9 @@ pub struct CacheStats {
     pub written_pages: u64,
 }
 
-/// Counters that outlive what they count. All are statistics or compared with limits
-/// that may be late, so every access is relaxed.
+/// Counters that outlive what they count. WHY-RELAXED: all are statistics or compared
+/// with limits that may be late. They are std's in models too: nothing is decided by
+/// their order.
 #[derive(Default)]
 pub(crate) struct Counters {
     pub(crate) dirty: AtomicUsize,

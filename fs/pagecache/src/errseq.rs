@@ -76,8 +76,19 @@ const STEP: u32 = 0x200;
 /// The last error and how many there were.
 #[derive(Debug, Default)]
 pub struct ErrSeq {
+    /// PAIRS-WITH: itself: a reporter's acquire sees what came before the release of `set`,
+    /// such as the page that is dirty again.
     word: AtomicU32,
     /// All errors: the word counts an error only after the last one was seen.
+    ///
+    /// PAIRS-WITH: `word`, in `set` and `since_count`:
+    /// ```text
+    /// CPU 0: set                     CPU 1: since_count
+    /// word = error                   n = load-acquire(count)
+    /// add-release(count, 1)          if n changed: load(word)
+    /// ```
+    /// Forbidden: CPU 1 sees the new count and no error in the word. Checked by
+    /// `loom_errseq_who_sees_the_count_sees_the_error`.
     count: AtomicU64,
 }
 
@@ -88,13 +99,12 @@ pub struct ErrSeqMark(u32);
 impl ErrSeq {
     /// Records an error.
     pub fn set(&self, error: WritebackError) {
-        // The closure always gives a value. AcqRel: a reporter sees what the failed write left.
+        // The closure always gives a value.
         let _ = self.word.fetch_update(Ordering::AcqRel, Ordering::Acquire, |old| {
             let count = old & !(CODE | SEEN);
             let count = if old & SEEN == 0 { count } else { count.wrapping_add(STEP) };
             Some(count | error as u32)
         });
-        // PAIRS-WITH: `count`: who sees the number sees the error.
         self.count.fetch_add(1, Ordering::Release);
     }
 

@@ -19,6 +19,7 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Weak};
 use uext_sync::atomic::{AtomicU32, Ordering};
+use uext_sync::lockdep::Class;
 
 use uext_blockdev::BioVec;
 
@@ -53,10 +54,24 @@ pub struct FolioBlocks {
     pub delayed: u8,
 }
 
+/// For the order of locks: the contents of a page. Only waiting for them is looked at: a
+/// guard may be given to a device.
+pub static PAGE_CONTENTS: Class = Class::new("contents of a page");
+
 /// One cached page of a file.
 pub struct Folio {
     index: u64,
     frame: Arc<Frame>,
+    /// PAIRS-WITH: itself: the acquire of `state` with the release of `set` and `clear`; who
+    /// sees a flag sees what came before it:
+    /// ```text
+    /// CPU 0: a reader from the disk     CPU 1: is_uptodate, then the contents
+    /// write the contents                load-acquire(state)
+    /// or-release(state, UPTODATE)       read the contents, under their lock
+    /// ```
+    /// The dirty bits and writeback need more than that and change under the tags: see
+    /// `loom_a_write_during_writeback_makes_the_page_dirty_again` and
+    /// `loom_truncate_waits_for_writeback_and_leaves_nothing_dirty`.
     state: AtomicU32,
     mapping: Weak<AddressSpace>,
 }
@@ -80,12 +95,14 @@ impl Folio {
     /// the device does. May be taken again by a thread that holds it. Look at
     /// [`Folio::is_uptodate`] after this returns.
     pub fn read(self: &Arc<Self>) -> FolioReadGuard {
+        PAGE_CONTENTS.check();
         FolioReadGuard(FrameRead::lock(self.frame.clone(), 0))
     }
 
     /// The contents, exclusive; waits for readers and for a write to disk. The page may
     /// have been truncated meanwhile: see [`Folio::is_attached`].
     pub fn write(self: &Arc<Self>) -> FolioWriteGuard {
+        PAGE_CONTENTS.check();
         FolioWriteGuard { content: FrameWrite::lock(self.frame.clone(), 0), folio: self.clone() }
     }
 
@@ -96,7 +113,6 @@ impl Folio {
     }
 
     pub(crate) fn state(&self) -> u32 {
-        // PAIRS-WITH: the AcqRel changes below: who sees a flag sees what came before it.
         self.state.load(Ordering::Acquire)
     }
 
@@ -184,6 +200,7 @@ impl Folio {
     ///
     /// The order with journal handles is: start the handle, then call this.
     pub fn begin_writeback(self: &Arc<Self>) -> WritebackGuard {
+        PAGE_CONTENTS.check();
         let content = FrameRead::lock(self.frame.clone(), 0);
         let mapping = self.mapping.upgrade();
         let dirty = mapping.as_ref().map_or(0, |m| m.begin_writeback(self));

@@ -46,9 +46,10 @@ const RUN_SEARCH: usize = 64;
 /// What reclaim knows of a page: only the first page of a frame uses it.
 #[derive(Default)]
 struct Slot {
-    /// Rounds of the clock the frame survives.
+    /// Rounds of the clock the frame survives. WHY-RELAXED: a lost update costs or saves one.
     usage: AtomicU8,
-    /// Reclaim keeps away while it is not zero.
+    /// Reclaim keeps away while it is not zero. WHY-RELAXED: who pins holds the page, so
+    /// that its eviction fails anyway; what is pinned then stays.
     pins: AtomicU32,
     /// Who maps the frame.
     rmap: Mutex<Rmap>,
@@ -59,10 +60,12 @@ pub(crate) struct Slab {
     memory: AlignedBuf,
     id: usize,
     /// Pages in use. [pool mutex for changes; reclaim only peeks]
+    /// WHY-RELAXED: changes are ordered by the mutex; a peek that is late finds a frame too
+    /// few or one that has no mapping.
     used: AtomicU64,
-    /// First pages of frames. [as `used`]
+    /// First pages of frames. [as `used`] WHY-RELAXED: as `used`.
     heads: AtomicU64,
-    /// Whether the pool's `partial` list has it. [pool mutex]
+    /// Whether the pool's `partial` list has it. [pool mutex] WHY-RELAXED: the mutex orders it.
     listed: AtomicBool,
     slots: [Slot; SLAB_PAGES],
 }
@@ -95,7 +98,6 @@ impl Slab {
         while heads != 0 {
             let slot = &self.slots[heads.trailing_zeros() as usize];
             heads &= heads - 1;
-            // Relaxed: a lost update costs or saves one round of the clock.
             let usage = slot.usage.load(Ordering::Relaxed);
             if usage > 0 {
                 slot.usage.store(usage - 1, Ordering::Relaxed);
@@ -127,9 +129,10 @@ struct Slabs {
 /// All slabs of a page cache.
 pub(crate) struct FramePool {
     slabs: Mutex<Slabs>,
-    /// Pages of live frames, charged before they are allocated.
+    /// Pages of live frames, charged before they are allocated. WHY-RELAXED: only compared
+    /// with a limit that is allowed to be late.
     used: AtomicUsize,
-    /// Where the clock's hand is.
+    /// Where the clock's hand is. WHY-RELAXED: any slab is a good one.
     hand: AtomicUsize,
 }
 
@@ -149,7 +152,6 @@ impl FramePool {
 
     /// Pages charged.
     pub(crate) fn used(&self) -> usize {
-        // Relaxed: only compared with a limit that is allowed to be late.
         self.used.load(Ordering::Relaxed)
     }
 
@@ -297,7 +299,6 @@ impl Frame {
     /// Tells reclaim that the frame was used again.
     pub(crate) fn touch(&self) {
         let usage = &self.slot().usage;
-        // Relaxed: a lost update costs one round of the clock.
         let now = usage.load(Ordering::Relaxed);
         if now < MAX_USAGE {
             usage.store(now + 1, Ordering::Relaxed);

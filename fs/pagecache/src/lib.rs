@@ -33,6 +33,10 @@ mod cache;
 mod errseq;
 mod folio;
 mod frame;
+#[cfg(all(test, loom))]
+mod loom_model;
+#[cfg(all(test, shuttle))]
+mod model;
 mod readahead;
 mod reclaim;
 mod rmap;
@@ -40,12 +44,15 @@ mod writeback;
 
 pub use address_space::{AddressSpace, AddressSpaceOps, WritebackControl, WritebackReason};
 pub use buffer::{
-    Buffer, BufferHead, BufferOwnedReadGuard, BufferReadGuard, BufferWriteGuard, JournalHead,
+    BLOCK_CONTENTS, Buffer, BufferHead, BufferOwnedReadGuard, BufferReadGuard, BufferWriteGuard,
+    JournalHead,
 };
 pub use buffer_cache::{BufferCache, CheckpointHook};
 pub use cache::{CacheConfig, CacheStats, Change, ChangeListener, PageCache};
 pub use errseq::{ErrSeq, ErrSeqMark, WritebackError};
-pub use folio::{Folio, FolioBlocks, FolioReadGuard, FolioWriteGuard, WritebackGuard};
+pub use folio::{
+    Folio, FolioBlocks, FolioReadGuard, FolioWriteGuard, PAGE_CONTENTS, WritebackGuard,
+};
 pub use frame::{Frame, PAGE_SIZE};
 pub use readahead::ReadaheadState;
 pub use reclaim::NoWaitScope;

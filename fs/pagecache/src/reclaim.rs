@@ -33,7 +33,7 @@ const FRUITLESS: Duration = Duration::from_millis(2);
 /// When the next scan is worth its time.
 #[derive(Default)]
 pub(crate) struct Backoff {
-    /// Microseconds since the process's first scan. Relaxed: a hint.
+    /// Microseconds since the process's first scan. WHY-RELAXED: a hint.
     until: AtomicU64,
 }
 

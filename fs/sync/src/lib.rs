@@ -18,17 +18,32 @@
 //! `Arc` is std's in shuttle too. [`Arc`] of this crate is loom's in loom, which then sees
 //! a leak; that one has no `Weak`.
 //!
+//! With debug assertions, and `UEXT_LOCKDEP` in the environment, the locks watch the
+//! order in which they are taken: see [`lockdep`].
+//!
 //! A timed wait of a model ends at once, as if it had timed out: what depends on a
 //! wake-up must not have a limit, and what has one must not need the wake-up.
 #![cfg_attr(not(any(loom, shuttle)), forbid(unsafe_code))]
 
+#[cfg(shuttle)]
+pub mod explore;
 #[cfg(any(loom, shuttle))]
 mod model;
 
 #[cfg(any(loom, shuttle))]
 pub use model::*;
 
-#[cfg(not(any(loom, shuttle)))]
+#[cfg(all(debug_assertions, not(any(loom, shuttle))))]
+mod checked;
+#[cfg(all(debug_assertions, not(any(loom, shuttle))))]
+pub mod lockdep;
+#[cfg(not(all(debug_assertions, not(any(loom, shuttle)))))]
+#[path = "lockdep_off.rs"]
+pub mod lockdep;
+
+#[cfg(all(debug_assertions, not(any(loom, shuttle))))]
+pub use checked::*;
+#[cfg(not(any(debug_assertions, loom, shuttle)))]
 pub use parking_lot::{
     Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, WaitTimeoutResult,
 };

@@ -11,7 +11,23 @@ use loom as tool;
 use shuttle as tool;
 
 pub use tool::sync::{Arc, atomic};
-pub use tool::{thread, thread_local};
+pub use tool::thread;
+
+#[cfg(all(shuttle, not(loom)))]
+pub use tool::thread_local;
+
+#[cfg(loom)]
+#[doc(hidden)]
+pub use loom as loom_crate;
+
+/// Loom's form does not know constant initialisers.
+#[cfg(loom)]
+#[macro_export]
+macro_rules! thread_local {
+    ($(#[$attr:meta])* $vis:vis static $name:ident: $t:ty = const { $init:expr };) => {
+        $crate::loom_crate::thread_local! { $(#[$attr])* $vis static $name: $t = $init; }
+    };
+}
 
 /// Mutual exclusion.
 #[derive(Debug)]
@@ -63,6 +79,12 @@ impl<T> Deref for MutexGuard<'_, T> {
 impl<T> DerefMut for MutexGuard<'_, T> {
     fn deref_mut(&mut self) -> &mut T {
         self.guard.as_mut().expect("held")
+    }
+}
+
+impl<T: std::fmt::Debug> std::fmt::Debug for MutexGuard<'_, T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        (**self).fmt(f)
     }
 }
 
@@ -269,8 +291,8 @@ pub mod time {
         /// A millisecond after the last look.
         pub fn now() -> Self {
             // Far from its beginning, so that there is a moment before any.
+            // WHY-RELAXED: only rising numbers are wanted.
             static MILLIS: AtomicU64 = AtomicU64::new(1 << 40);
-            // WHY-RELAXED: only distinct, rising numbers are wanted.
             Self(Duration::from_millis(MILLIS.fetch_add(1, Ordering::Relaxed)))
         }
 
