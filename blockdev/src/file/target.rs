@@ -46,10 +46,14 @@ pub(super) struct Target {
     pub(super) direct: bool,
     pub(super) limits: QueueLimits,
     /// No hole punching: known after the first refusal.
+    /// WHY-RELAXED: who sees it late asks the kernel once more and is refused again.
     no_discard: AtomicBool,
     /// No zero range: known after the first refusal.
+    /// WHY-RELAXED: as `no_discard`.
     no_zero_range: AtomicBool,
     /// A flush failed and its data may be lost (buffered files only).
+    /// WHY-RELAXED: it only ever becomes true, before the failed flush's bio completes; a
+    /// flush that must fail because of it is submitted after that, by whoever was told.
     flush_lost: AtomicBool,
 }
 

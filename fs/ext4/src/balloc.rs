@@ -17,12 +17,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use parking_lot::{Mutex, MutexGuard};
 use uext_jbd2::{Handle, Tid, tid_geq};
 use uext_ondisk::bitmap::{self, BitRun};
 use uext_ondisk::features::Incompat;
 use uext_ondisk::group_desc::{GroupDesc, GroupFlags};
 use uext_ondisk::{Corrupt, FsBlock, GroupNumber};
+use uext_sync::{Mutex, MutexGuard};
 use uext_vfs::Errno;
 
 use crate::error::{Error, Result};

@@ -16,8 +16,8 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::Mutex;
 use uext_pagecache::{ErrSeqMark, ReadaheadState};
+use uext_sync::Mutex;
 
 use crate::error::Result;
 use crate::fs::Ext4;

@@ -652,14 +652,14 @@ fn push_run(bios: &mut Vec<Bio>, sector: Sector, vec: BioVec, page: usize, flags
 }
 
 /// Pages read ahead, locked until the last bio of the batch has ended.
-struct ReadaheadBatch(parking_lot::Mutex<(Vec<Fill>, usize)>);
+struct ReadaheadBatch(uext_sync::Mutex<(Vec<Fill>, usize)>);
 
 impl ReadaheadBatch {
     fn new(mut fills: Vec<Fill>, bios: usize) -> Self {
         if bios == 0 {
             fills.drain(..).for_each(|fill| fill.guard.set_uptodate());
         }
-        Self(parking_lot::Mutex::new((fills, bios)))
+        Self(uext_sync::Mutex::new((fills, bios)))
     }
 
     fn end(&self, bio: &Bio) {

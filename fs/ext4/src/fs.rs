@@ -10,11 +10,11 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
-use parking_lot::Mutex;
 use uext_jbd2::{Handle, Journal};
 use uext_ondisk::FsBlock;
 use uext_ondisk::superblock::{SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, Superblock};
 use uext_pagecache::{Buffer, BufferCache, PageCache};
+use uext_sync::Mutex;
 use uext_vfs::{Errno, Timestamp};
 
 use crate::balloc::Space;
@@ -62,10 +62,14 @@ pub struct Ext4 {
     /// Everything fails from now on, on request. WHY-RELAXED: as for `read_only`.
     pub(crate) shut_down: AtomicBool,
     /// An error was recorded: the image is not marked clean at unmount.
+    /// WHY-RELAXED: it only ever becomes true, and unmount, which decides by it, comes after
+    /// all work has ended.
     pub(crate) had_error: AtomicBool,
-    /// Errors recorded in memory have not been given to a transaction.
+    /// Errors recorded in memory have not been given to a transaction. WHY-RELAXED: what
+    /// was recorded lies under `live_super`'s lock; seen late, the next call stores it.
     pub(crate) errors_pending: AtomicBool,
     /// An error has stopped everything that writes: fsync fails from then on.
+    /// WHY-RELAXED: as `read_only`; it only ever becomes true.
     pub(crate) stopped: AtomicBool,
     /// Called when an error makes it read-only.
     pub(crate) on_read_only: Mutex<Option<Box<dyn Fn() + Send + Sync>>>,

@@ -44,6 +44,7 @@ impl Ext4 {
             self.buffers.write_dirty()?;
             return self.barrier();
         }
+        // WHY-RELAXED: see the fields.
         let tid = if datasync { &inode.datasync_tid } else { &inode.sync_tid }.load(Relaxed);
         // A commit under way may have flushed before this file's data was written: only one that
         // began after this call stands for a flush.

@@ -8,12 +8,12 @@
 //!
 //! Locks: `Group::state` is the group lock; the buffers' content locks come after it.
 
-use parking_lot::Mutex;
 use uext_jbd2::Handle;
 use uext_ondisk::group_desc::{DescChecksum, GroupDesc, GroupFlags};
 use uext_ondisk::superblock::Superblock;
 use uext_ondisk::{Corrupt, FsBlock, GroupNumber};
 use uext_pagecache::{Buffer, BufferCache};
+use uext_sync::Mutex;
 
 use crate::error::Result;
 use crate::fs::Ext4;

@@ -253,8 +253,8 @@ impl Ext4 {
 
     /// A generation that differs from the number's last use with near certainty.
     fn next_generation(&self) -> u32 {
-        static COUNTER: AtomicU32 = AtomicU32::new(0);
         // WHY-RELAXED: only distinctness counts.
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
         let count = COUNTER.fetch_add(1, Ordering::Relaxed);
         let now = uext_vfs::Timestamp::now();
         (now.nsec ^ (now.sec as u32).rotate_left(16)).wrapping_add(count.wrapping_mul(0x9E37_79B9))

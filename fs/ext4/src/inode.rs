@@ -16,12 +16,12 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
-use parking_lot::{Mutex, RwLock};
 use uext_jbd2::{Handle, Tid, tid_gt};
 use uext_ondisk::features::RoCompat;
 use uext_ondisk::inode::{DeviceNumber, Inode as RawView, InodeFlags, Timestamp as RawTime};
 use uext_ondisk::{Corrupt, FsBlock, InodeNumber};
 use uext_pagecache::{AddressSpace, AddressSpaceOps, Buffer};
+use uext_sync::{Mutex, RwLock};
 use uext_vfs::{Attr, Errno, FileKind, Timestamp};
 
 use crate::credits;
@@ -87,18 +87,24 @@ pub(crate) struct Inode {
     /// The cached data; empty for anything but regular files.
     pub mapping: Arc<AddressSpace>,
     /// Blocks reserved for delayed data and its mapping.
+    /// WHY-RELAXED: a copy of what `data.delayed` holds under its lock, for `st_blocks`.
     pub reserved: AtomicU64,
     /// Delayed blocks among them, for `st_blocks`.
+    /// WHY-RELAXED: as `reserved`.
     pub delayed: AtomicU64,
     /// What the data path keeps: delayed blocks, looked-up runs, readahead.
     pub data: FileData,
     /// Lookups that a front end owes a forget for [inode cache shard].
+    /// WHY-RELAXED: changed under the shard's lock, and looked at under it where the inode
+    /// goes; whoever looks without it looks again there.
     pub lookups: AtomicU64,
     /// The number was given back: whoever comes late to delete it finds it done [rwsem].
+    /// WHY-RELAXED: the swap alone decides who deletes; what deleting needs is under rwsem.
     pub deleted: AtomicBool,
     /// The last transaction that changed the inode, and that changed what fdatasync needs.
     /// WHY-RELAXED: read by fsync after its own locks order it behind the change.
     pub sync_tid: AtomicU32,
+    /// WHY-RELAXED: as `sync_tid`.
     pub datasync_tid: AtomicU32,
 }
 
@@ -111,6 +117,7 @@ impl Inode {
     /// Notes that a transaction changed the inode; `data` when fdatasync must wait for it too.
     pub fn note_tid(&self, tid: Tid, data: bool) {
         let later = |slot: &AtomicU32| {
+            // WHY-RELAXED: see the fields.
             let _ = slot.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| {
                 tid_gt(tid, old).then_some(tid)
             });

@@ -7,13 +7,13 @@
 
 use std::collections::BTreeMap;
 
-use parking_lot::Mutex;
 use uext_jbd2::Handle;
 use uext_ondisk::extent::{Extent, MAX_UNWRITTEN_LEN, MAX_WRITTEN_LEN};
 use uext_ondisk::features::RoCompat;
 use uext_ondisk::indirect::{max_block_map_file_size, max_extent_file_size};
 use uext_ondisk::superblock::Superblock;
 use uext_ondisk::{FsBlock, LogicalBlock};
+use uext_sync::Mutex;
 use uext_vfs::Errno;
 
 use crate::credits;

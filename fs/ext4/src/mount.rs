@@ -8,7 +8,6 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::Mutex;
 use uext_blockdev::BlockDevice;
 use uext_blockdev::dm::snapshot::SnapshotDevice;
 use uext_jbd2::{
@@ -18,6 +17,7 @@ use uext_ondisk::InodeNumber;
 use uext_ondisk::features::{Compat, Incompat};
 use uext_ondisk::superblock::{State, Superblock};
 use uext_pagecache::{BufferCache, CacheConfig, PageCache};
+use uext_sync::Mutex;
 use uext_vfs::Timestamp;
 
 use crate::error::{Error, Result};

@@ -13,10 +13,10 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use parking_lot::RwLockWriteGuard;
 use uext_jbd2::Handle;
 use uext_ondisk::inode::InodeFlags;
 use uext_ondisk::{Corrupt, InodeNumber};
+use uext_sync::RwLockWriteGuard;
 use uext_vfs::{Context, Errno, FileKind};
 
 use crate::credits;

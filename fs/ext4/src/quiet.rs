@@ -23,9 +23,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
-use parking_lot::Mutex;
 use uext_blockdev::{Bio, BioFlags, BioOp, BlkResult, BlockDevice, QueueLimits};
 use uext_ondisk::superblock::{SUPERBLOCK_OFFSET, State, Superblock};
+use uext_sync::Mutex;
 use uext_vfs::Timestamp;
 
 use crate::error::Result;

@@ -21,12 +21,12 @@
 use std::collections::{BinaryHeap, VecDeque};
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use uext_ondisk::checksum::crc32c;
 use uext_ondisk::dir_entry::{DirBlock, DirEntry as RawEntry};
 use uext_ondisk::dirhash::{DirHasher, HashFunction};
 use uext_ondisk::inode::InodeFlags;
 use uext_ondisk::{Corrupt, InodeNumber, LogicalBlock};
+use uext_sync::Mutex;
 use uext_vfs::{DirEntry, DirSink, Errno, FileKind};
 
 use crate::error::{Error, Result};

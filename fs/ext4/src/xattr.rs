@@ -304,6 +304,7 @@ impl Ext4 {
     /// owner; the inode's lock is held exclusively.
     pub(crate) fn kill_capability(&self, inode: &Inode) -> Result<()> {
         let known = &inode.data.no_capability;
+        // WHY-RELAXED: the inode's lock, held exclusively, orders it.
         if known.load(Ordering::Relaxed) || inode.kind != FileKind::Regular {
             return Ok(());
         }
@@ -311,7 +312,7 @@ impl Ext4 {
             let handle = self.start(credits::XATTR + credits::SETATTR)?;
             self.write_xattr(&handle, inode, CAPABILITY, None, XattrFlags::empty())?;
         }
-        known.store(true, Ordering::Relaxed);
+        known.store(true, Ordering::Relaxed); // WHY-RELAXED: as above.
         Ok(())
     }
 

@@ -117,7 +117,7 @@ impl Served<'_> {
         loop {
             self.waiting.store(true, Ordering::SeqCst); // PAIRS-WITH: session::Control::kick
             if self.stop.load(Ordering::SeqCst) {
-                self.waiting.store(false, Ordering::SeqCst);
+                self.waiting.store(false, Ordering::SeqCst); // PAIRS-WITH: session::Control::kick
                 return Ok(());
             }
             if self.lazily && !has_request(device, if slept { 0 } else { -1 }) {
@@ -129,7 +129,7 @@ impl Served<'_> {
                 slept = true;
             }
             let result = nix::unistd::read(device, buffers.request_mut(self.max_write));
-            self.waiting.store(false, Ordering::SeqCst);
+            self.waiting.store(false, Ordering::SeqCst); // PAIRS-WITH: session::Control::kick
             let len = match result {
                 Ok(len) => len,
                 // ENOENT: the request was taken back between the wake-up and the read.

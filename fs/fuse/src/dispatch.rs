@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use uext_sync::Mutex;
 use uext_vfs::{
     Capabilities, Context, Entry, Errno, FileHandle, FileSystem, Ino, Ioctl, OpenReply, ReadReply,
     RenameFlags, Result, SetAttr, SetTime, Timestamp, WriteFlags, XattrFlags,
@@ -76,10 +76,13 @@ pub struct Dispatcher {
     timeouts: Timeouts,
     config: Config,
     /// Whether rings stand ready, so that `INIT` may ask for them.
+    /// PAIRS-WITH: the release of `offer_uring` with the acquire of `wanted_flags`.
     offer_uring: AtomicBool,
     /// Whether the kernel has agreed to rings.
+    /// PAIRS-WITH: the release of `init` with the acquire of `uring_agreed`.
     uring_agreed: AtomicBool,
     /// Set once nothing may reach the filesystem any more.
+    /// PAIRS-WITH: the release store in `unmount` with the acquire load in `dispatch`.
     gone: AtomicBool,
     /// [itself] How the unmount went, once it was tried.
     unmounted: Mutex<Option<Result<()>>>,

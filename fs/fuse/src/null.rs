@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use parking_lot::{Condvar, Mutex, RwLock};
+use uext_sync::{Condvar, Mutex, RwLock};
 use uext_vfs::{
     Attr, Capabilities, Context, DirEntry, DirSink, Entry, Errno, FileHandle, FileKind, FileSystem,
     Ino, OpenReply, ReadReply, ReadSegment, RenameFlags, Result, SetAttr, SetTime, StatFs,
@@ -281,6 +281,7 @@ impl State {
 pub struct NullFs {
     state: RwLock<State>,
     stateless: bool,
+    /// PAIRS-WITH: `unmounts`, in a test that waits for the unmount by other means.
     unmounts: AtomicU32,
     fsyncs: Gate,
 }

@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use nix::mount::{MntFlags, umount2};
 use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
-use parking_lot::Mutex;
+use uext_sync::Mutex;
 use uext_vfs::{Errno, FileSystem};
 
 use crate::PAGE_SIZE;
@@ -514,14 +514,25 @@ impl Drop for AbortOnPanic {
 #[derive(Default)]
 pub(crate) struct Control {
     /// Set for good once the workers are to end.
+    ///
+    /// PAIRS-WITH: `waiting` of each worker, in `Control::stop` and `devfuse::serve`:
+    /// ```text
+    /// CPU 0: Control::stop        CPU 1: devfuse::serve
+    /// stop = true                 waiting = true
+    /// if waiting: signal          if stop: end, else read the device
+    /// ```
+    /// Forbidden: both see the other's old value; then the worker reads and nobody signals.
+    /// Two stores before two loads of the other's word: only `SeqCst` forbids that.
     stop: AtomicBool,
     /// [itself] The workers that run, each with whether it waits for a request.
+    /// PAIRS-WITH: `stop`, see there.
     workers: Mutex<Vec<(Pthread, Arc<AtomicBool>)>>,
 }
 
 impl Control {
     /// Enters the calling thread.
     pub(crate) fn enter(&self) -> Arc<AtomicBool> {
+        // PAIRS-WITH: `stop`, see there.
         let waiting = Arc::new(AtomicBool::new(false));
         self.workers.lock().push((pthread_self(), waiting.clone()));
         waiting
@@ -551,6 +562,7 @@ impl Control {
     fn kick(&self) -> bool {
         let mut any = false;
         for (thread, waiting) in self.workers.lock().iter() {
+            // PAIRS-WITH: devfuse::serve
             if waiting.load(Ordering::SeqCst) {
                 any = true;
                 // A thread in the list has not ended, since it leaves under the lock.

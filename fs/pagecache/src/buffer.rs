@@ -45,7 +45,7 @@ pub type Buffer = Arc<BufferHead>;
 /// The blocks of one device that are dirty, and waiting for writes under way.
 pub(crate) struct DirtyBuffers {
     pub(crate) blocks: Mutex<BTreeSet<u64>>,
-    /// Writes under way [blocks].
+    /// Writes under way [blocks]. WHY-RELAXED: changed and read under that lock.
     writing: AtomicUsize,
     /// A write under way has ended.
     written: Condvar,

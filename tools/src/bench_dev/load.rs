@@ -9,11 +9,11 @@
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
 use uext_blockdev::bio::BioEndIo;
 use uext_blockdev::{
     AlignedBuf, Bio, BioFlags, BioOp, BioVec, BlkStatus, BlockDevice, FileDevice, Plug, Sector,
 };
+use uext_sync::{Condvar, Mutex};
 
 /// What goes round.
 pub(super) struct Load {

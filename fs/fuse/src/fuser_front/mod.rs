@@ -20,7 +20,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use fuser::{INodeNo, MountOption, SessionACL, SessionUnmounter};
-use parking_lot::{RwLock, RwLockReadGuard};
+use uext_sync::{RwLock, RwLockReadGuard};
 use uext_vfs::{Errno, FileSystem, Ino, Result};
 
 use self::adapter::Adapter;

@@ -34,7 +34,7 @@ use std::thread::JoinHandle;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::Pid;
-use parking_lot::Mutex;
+use uext_sync::Mutex;
 use zerocopy::FromBytes;
 
 use crate::PAGE_SIZE;
@@ -328,11 +328,11 @@ impl RingWorker {
             waiting.store(true, Ordering::SeqCst); // PAIRS-WITH: session::Control::kick
             let stop = self.control.is_stopping();
             if stop && in_pool == 0 {
-                waiting.store(false, Ordering::SeqCst);
+                waiting.store(false, Ordering::SeqCst); // PAIRS-WITH: session::Control::kick
                 return Ok(());
             }
             let result = ring.wait();
-            waiting.store(false, Ordering::SeqCst);
+            waiting.store(false, Ordering::SeqCst); // PAIRS-WITH: session::Control::kick
             match result {
                 Ok(()) => {}
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}

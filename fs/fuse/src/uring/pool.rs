@@ -15,7 +15,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use parking_lot::{Condvar, Mutex};
+use uext_sync::{Condvar, Mutex};
 
 use super::Shared;
 use super::entry::Entry;
