@@ -26,7 +26,7 @@ CELLS = [(rw, size, depth) for rw in ("randread", "read", "randwrite")
 def fio(path, engine, rw, size, depth, seconds):
     arguments = FIO[engine].format(depth=depth).split()
     command = ["fio", "--name=f", f"--filename={path}", f"--rw={rw}", f"--bs={size}", "--direct=1",
-               f"--runtime={seconds}", "--time_based", "--ramp_time=0.1", "--group_reporting",
+               f"--runtime={round(seconds * 1000)}ms", "--time_based", "--ramp_time=100ms", "--group_reporting",
                "--output-format=json", "--norandommap", "--randrepeat=0", "--thread", *arguments]
     text = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
     job = json.loads(text[text.index("{"):])["jobs"][0]

@@ -164,7 +164,10 @@ impl SimpleQueue for SharedContext {
                 self.helper.submit(&mut std::iter::once(bio));
             }
         }
-        self.pump();
+        // What the end_ios of one round submit goes down together after the round.
+        if !self.taken.is_reaper() {
+            self.pump();
+        }
     }
 }
 
@@ -257,6 +260,9 @@ impl SharedContext {
             }
             for (bio, status) in done.drain(..) {
                 complete(bio, status);
+            }
+            if self.taken.lock().has_more() {
+                self.pump();
             }
         }
     }

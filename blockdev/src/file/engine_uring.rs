@@ -141,7 +141,10 @@ impl SimpleQueue for SharedRing {
                 self.helper.submit(&mut std::iter::once(bio));
             }
         }
-        self.pump();
+        // What the end_ios of one round submit goes down together after the round.
+        if !self.taken.is_reaper() {
+            self.pump();
+        }
     }
 }
 
@@ -179,6 +182,9 @@ impl SharedRing {
             }
             for (bio, status) in done.drain(..) {
                 complete(bio, status);
+            }
+            if self.taken.lock().has_more() {
+                self.pump();
             }
             if stopping && self.taken.lock().is_idle() {
                 return;

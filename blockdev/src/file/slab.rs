@@ -72,6 +72,11 @@ impl SlabQueue {
         slab.queued.push_back(bio);
     }
 
+    /// Whether the calling thread is the one that completes bios.
+    pub(super) fn is_reaper(&self) -> bool {
+        self.slab.lock().reaper == Some(thread::current().id())
+    }
+
     /// Wakes submitters that wait for room.
     pub(super) fn made_room(&self) {
         self.room.notify_all();
