@@ -157,6 +157,21 @@ impl<'r> Ring<'r> {
         self.push(&command);
     }
 
+    /// Whether there are events that were not taken yet.
+    pub(super) fn has_more(&mut self) -> bool {
+        self.cq.sync();
+        !self.cq.is_empty()
+    }
+
+    /// Submits what was pushed; what isn't taken now is with the next wait.
+    pub(super) fn submit(&mut self) {
+        self.sq.sync();
+        if let Err(error) = self.submitter.submit() {
+            log::debug!("io_uring_enter: {error}");
+        }
+        self.sq.sync();
+    }
+
     /// Submits what was pushed and waits for at least one event.
     ///
     /// # Errors
