@@ -43,6 +43,8 @@ pub struct Handle {
     /// Blocks it may still add to its transaction.
     credits: Cell<u32>,
     sync: Cell<bool>,
+    /// The filesystem's own; see [`Handle::note`].
+    note: Cell<u32>,
     /// Counted in its transaction; not after a restart that failed.
     active: bool,
     held: Option<Held>,
@@ -50,9 +52,9 @@ pub struct Handle {
 
 impl Handle {
     pub(crate) fn new(journal: Arc<Journal>, tid: Tid, credits: u32) -> Self {
-        let (credits, sync) = (Cell::new(credits), Cell::new(false));
+        let (credits, sync, note) = (Cell::new(credits), Cell::new(false), Cell::new(0));
         let held = journal.has_journal().then(|| HANDLE.acquired());
-        Self { journal, tid, credits, sync, active: true, held }
+        Self { journal, tid, credits, sync, note, active: true, held }
     }
 
     /// The transaction it belongs to; 0 without a journal.
@@ -68,6 +70,16 @@ impl Handle {
     /// Blocks it may still add. Not counted without a journal.
     pub fn credits_left(&self) -> u32 {
         self.credits.get()
+    }
+
+    /// A word that the filesystem wrote on the handle; 0 at first.
+    pub fn note(&self) -> u32 {
+        self.note.get()
+    }
+
+    /// Sets [`Handle::note`].
+    pub fn set_note(&self, note: u32) {
+        self.note.set(note);
     }
 
     /// Asks for a commit when the handle ends, in the thread that drops it.
