@@ -44,11 +44,16 @@ impl Ext4 {
             self.buffers.write_dirty()?;
             return self.barrier();
         }
-        // WHY-RELAXED: see the fields.
-        let tid = if datasync { &inode.datasync_tid } else { &inode.sync_tid }.load(Relaxed);
         // A commit under way may have flushed before this file's data was written: only one that
         // began after this call stands for a flush.
-        if self.journal.commit_covering(tid)? { Ok(()) } else { self.barrier() }
+        let covers = if datasync {
+            // WHY-RELAXED: see the field.
+            self.journal.commit_covering(inode.datasync_tid.load(Relaxed))?
+        } else {
+            // Also when the inode is on the disk already: names made before the call are promised.
+            self.journal.commit_all_covering()?
+        };
+        if covers { Ok(()) } else { self.barrier() }
     }
 
     /// Flushes the device. A failure is final: what the device has lost no later flush

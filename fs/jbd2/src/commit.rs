@@ -63,12 +63,20 @@ impl Journal {
     /// # Errors
     /// As [`Journal::commit`].
     pub fn commit_all(&self) -> Result<()> {
+        self.commit_all_covering().map(|_| ())
+    }
+
+    /// As [`Journal::commit_all`], and tells what [`Journal::commit_covering`] tells.
+    ///
+    /// # Errors
+    /// As [`Journal::commit`].
+    pub fn commit_all_covering(&self) -> Result<bool> {
         let state = self.state.lock();
         let newest = state.running.as_ref().map(|tx| tx.tid);
         let newest = newest.or(state.committing.map(|(tid, _)| tid));
         let committed = state.committed;
         drop(state);
-        self.commit(newest.unwrap_or(committed))
+        self.commit_covering(newest.unwrap_or(committed))
     }
 
     /// Commits the running transaction when it is older than `age`.

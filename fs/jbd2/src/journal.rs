@@ -66,8 +66,6 @@ pub struct Journal {
     /// WHY-RELAXED: it matters for a block that this transaction freed and uses again, and
     /// who uses it again comes after who freed it by the filesystem's locks.
     pub(crate) has_forgotten: AtomicBool,
-    /// What `State::aborted` says, for who only wants to know whether.
-    pub(crate) abort_flag: AtomicBool,
     pub(crate) on_commit: RwLock<Vec<OnCommit>>,
     on_abort: RwLock<Vec<OnAbort>>,
     pub(crate) before_commit: RwLock<Vec<BeforeCommit>>,
@@ -133,7 +131,6 @@ impl Journal {
             checkpointing: Mutex::new(()),
             home_io: Mutex::new(()),
             has_forgotten: AtomicBool::new(false),
-            abort_flag: AtomicBool::new(false),
             on_commit: RwLock::default(),
             on_abort: RwLock::default(),
             before_commit: RwLock::default(),
@@ -338,8 +335,6 @@ impl Journal {
         let is_error = why != JournalError::Shutdown;
         let errno = why.errno();
         state.aborted = Some(why.clone());
-        // WHY-RELAXED: a hint; who starts a handle looks at the state.
-        self.abort_flag.store(true, Ordering::Relaxed);
         drop(state);
         self.changed.notify_all();
         if is_error
@@ -351,11 +346,6 @@ impl Journal {
         for call in self.on_abort.read().iter() {
             call(&why);
         }
-    }
-
-    /// Whether it was aborted; nothing is written any more then.
-    pub fn is_aborted(&self) -> bool {
-        self.abort_flag.load(Ordering::Relaxed)
     }
 
     /// Why it was aborted.
