@@ -396,8 +396,11 @@ impl Ext4 {
             // Up to the end of a page, so that every chunk but the last ends with one.
             let in_page = (at % PAGE) as usize;
             let len = (data.len() - done).min(chunk_len.max(PAGE_SIZE) - in_page);
-            match self.write_chunk(inode, at, &data[done..done + len], privileged) {
-                Ok(()) => done += len,
+            let (written, result) =
+                self.write_chunk(inode, at, &data[done..done + len], privileged);
+            done += written;
+            match result {
+                Ok(()) => {}
                 Err(error) if error.is(Errno::ENOSPC) && !settled => {
                     // Reservations are for the worst case; once mapped, data takes what it needs.
                     self.settle_reservations();
@@ -413,17 +416,23 @@ impl Ext4 {
         Ok(done)
     }
 
-    /// Writes all of a chunk, or fails and leaves no reservation behind for what it did not write.
+    /// Writes all of a chunk, or fails after some of its pages, whose bytes are told, and leaves
+    /// no reservation behind for the rest.
     fn write_chunk(
         &self,
         inode: &Arc<Inode>,
         offset: u64,
         data: &[u8],
         privileged: bool,
-    ) -> Result<()> {
+    ) -> (usize, Result<()>) {
         let end = offset + data.len() as u64;
-        let fresh = self.unmapped_ranges(inode, self.block_at(offset), self.block_behind(end))?;
-        self.delay_blocks(inode, &fresh, privileged)?;
+        let fresh = self
+            .unmapped_ranges(inode, self.block_at(offset), self.block_behind(end))
+            .and_then(|fresh| self.delay_blocks(inode, &fresh, privileged).map(|()| fresh));
+        let fresh = match fresh {
+            Ok(fresh) => fresh,
+            Err(error) => return (0, Err(error)),
+        };
         let mut done = 0;
         while done < data.len() {
             let at = offset + done as u64;
@@ -436,11 +445,11 @@ impl Ext4 {
                 {
                     self.drop_delayed(inode, from.max(failed), to);
                 }
-                return Err(error);
+                return (done, Err(error));
             }
             done += len;
         }
-        Ok(())
+        (done, Ok(()))
     }
 
     /// Ranges of blocks whose writing needs space that is not reserved.
