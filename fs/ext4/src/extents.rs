@@ -258,9 +258,12 @@ pub(crate) fn make_room(io: &impl MapIo, logical: u32, need: usize) -> Result<Pa
 /// Moves the upper part of a node into a new one beside it; its parent has room.
 fn split(io: &impl MapIo, mut path: Path, level: usize) -> Result<()> {
     let last = level == path.depth();
+    let limit = path.limit;
     let Level { block, node, at } = &mut path.levels[level];
-    // Appending leaves full nodes behind: only the last entry moves.
-    let appends = if last { *at == node.len() } else { *at + 1 == node.len() };
+    // Appending to the file leaves full nodes behind: only the last entry moves. In the middle
+    // that would make many nodes of few entries, more than `nodes_needed` says.
+    let at_end = if last { *at == node.len() } else { *at + 1 == node.len() };
+    let appends = at_end && limit == MAX_BLOCKS;
     let from = if appends { node.len().saturating_sub(1) } else { node.len() / 2 };
     let Some(key) = node.logical(from).filter(|_| from > 0) else {
         return Err(io.place(Corrupt::value("extent node", "has no room to split"), *block));
