@@ -158,7 +158,7 @@ impl Ext4 {
         if name == DEFAULT && !inode.kind.eq(&FileKind::Directory) {
             return if acl.is_some() { Err(Errno::EACCES.into()) } else { Ok(()) };
         }
-        let handle = self.start(credits::SETATTR + credits::XATTR)?;
+        let handle = self.start_for(ctx, credits::SETATTR + credits::XATTR)?;
         let mut new_mode = None;
         if name == ACCESS
             && let Some(access) = &acl

@@ -23,11 +23,14 @@ use uext_ondisk::features::Incompat;
 use uext_ondisk::group_desc::{GroupDesc, GroupFlags};
 use uext_ondisk::{Corrupt, FsBlock, GroupNumber};
 use uext_sync::{Mutex, MutexGuard};
-use uext_vfs::Errno;
+use uext_vfs::{Context, Errno};
 
 use crate::error::{Error, Result};
 use crate::fs::Ext4;
 use crate::groups::{Desc, GroupState};
+
+/// A handle's note: its allocations leave the reserved blocks alone.
+const UNPRIVILEGED: u32 = 1;
 
 /// A run of blocks that belongs to its holder in memory only; dropping it gives it back.
 #[must_use]
@@ -89,6 +92,7 @@ impl Ext4 {
     /// # Errors
     /// `ENOSPC`, after waiting for a commit when that can free blocks.
     pub(crate) fn reserve(&self, count: u64, privileged: bool) -> Result<()> {
+        self.allocations.strike()?;
         let keep = if privileged { 0 } else { self.root_reserve() };
         self.reserve_beyond(keep + self.node_pool(), count)
     }
@@ -140,9 +144,27 @@ impl Ext4 {
         space.reserved -= count;
     }
 
-    /// Blocks only root may use (`s_r_blocks_count`).
+    /// Blocks kept for root and who the superblock names besides (`s_r_blocks_count`).
     pub(crate) fn root_reserve(&self) -> u64 {
         self.sb.reserved_blocks_count().min(self.sb.blocks_count())
+    }
+
+    /// Whether somebody may use these: root, `s_def_resuid`, and the group `s_def_resgid` unless
+    /// that is root's.
+    pub(crate) fn may_use_reserve(&self, ctx: &Context) -> bool {
+        let (user, group) = (self.sb.reserved_uid(), self.sb.reserved_gid());
+        ctx.uid == 0 || ctx.uid == user || group != 0 && ctx.gid == group
+    }
+
+    /// Starts a handle for what somebody asked for: it leaves the reserved blocks alone when they
+    /// are not his.
+    ///
+    /// # Errors
+    /// As for [`Ext4::start`].
+    pub(crate) fn start_for(&self, ctx: &Context, credits: u32) -> Result<Handle> {
+        let handle = self.start(credits)?;
+        handle.set_note(if self.may_use_reserve(ctx) { 0 } else { UNPRIVILEGED });
+        Ok(handle)
     }
 
     /// Takes a run of up to `count` free blocks near `goal`, in memory. The caller has
@@ -362,7 +384,9 @@ impl Ext4 {
     /// # Errors
     /// `ENOSPC`; nothing is changed then.
     pub(crate) fn new_meta_block(&self, handle: &Handle, goal: FsBlock) -> Result<FsBlock> {
-        self.new_block_beyond(self.node_pool(), handle, goal)
+        self.allocations.strike()?;
+        let reserve = if handle.note() == UNPRIVILEGED { self.root_reserve() } else { 0 };
+        self.new_block_beyond(self.node_pool() + reserve, handle, goal)
     }
 
     /// Allocates one block for a mapping node, from the pool when nothing else is left.

@@ -364,7 +364,7 @@ impl Ext4 {
             if offset > size {
                 self.zero_tail(inode, size)?;
             }
-            let written = self.write_pages_of(inode, offset, data, ctx.uid == 0)?;
+            let written = self.write_pages_of(inode, offset, data, self.may_use_reserve(ctx))?;
             if self.journals_data(inode) {
                 // From the old end on, whose tail may have been zeroed.
                 self.journal_range(inode, offset.min(size)..offset + written as u64)?;

@@ -17,6 +17,7 @@ use uext_pagecache::{Buffer, BufferCache, PageCache};
 use uext_sync::Mutex;
 use uext_vfs::{Errno, Timestamp};
 
+use crate::alloc_fault::AllocationFault;
 use crate::balloc::Space;
 use crate::error::{Error, Result};
 use crate::groups::Groups;
@@ -48,6 +49,7 @@ pub struct Ext4 {
     /// Blocks that are the filesystem's own, the journal's among them.
     pub(crate) overhead: u64,
     pub(crate) space: Mutex<Space>,
+    pub(crate) allocations: AllocationFault,
     pub(crate) inodes: InodeCache,
     pub(crate) orphans: Mutex<OrphanList>,
     /// Listing positions that a number alone cannot say.

@@ -68,6 +68,7 @@ impl Ext4 {
         parent: &Inode,
         spec: &NewInode,
     ) -> Result<Arc<Inode>> {
+        self.allocations.strike()?;
         let is_dir = spec.mode & S_IFMT == S_IFDIR;
         let start = if is_dir { self.orlov_group(parent)? } else { self.file_group(parent)? };
         let count = self.groups_count();

@@ -37,6 +37,7 @@ pub mod error;
 pub mod options;
 
 mod acl;
+mod alloc_fault;
 mod balloc;
 mod credits;
 mod delayed;

@@ -140,6 +140,7 @@ impl Ext4 {
             system_zone,
             overhead,
             space,
+            allocations: crate::alloc_fault::AllocationFault::default(),
             inodes: InodeCache::new(),
             orphans: Mutex::new(OrphanList::default()),
             ties: Ties::default(),

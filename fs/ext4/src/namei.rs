@@ -308,7 +308,7 @@ impl Ext4 {
         let acls = self.plan_acls(dir, node.mode(), ctx.umask)?;
         let rdev = if let NewNode::File { rdev, .. } = node { rdev } else { 0 };
         let spec = NewInode { mode: acls.mode, uid: ctx.uid, gid: ctx.gid, rdev };
-        let handle = self.start(credits::CREATE)?;
+        let handle = self.start_for(ctx, credits::CREATE)?;
         let inode = self.new_inode(&handle, dir, &spec)?;
         let made = self
             .fill_new(&handle, dir, &inode, node)
@@ -372,7 +372,7 @@ impl Ext4 {
             self.check_may_create(dir)?;
             let acls = self.plan_acls(dir, mode, ctx.umask)?;
             let spec = NewInode { mode: acls.mode, uid: ctx.uid, gid: ctx.gid, rdev: 0 };
-            let handle = self.start(credits::CREATE)?;
+            let handle = self.start_for(ctx, credits::CREATE)?;
             let inode = self.new_inode(&handle, dir, &spec)?;
             inode.core.lock().nlink = 0;
             let made = self
@@ -394,7 +394,7 @@ impl Ext4 {
     /// `EPERM` for a directory, `EMLINK`, `EEXIST`, `ENOSPC`, …
     pub(crate) fn make_link(
         &self,
-        _ctx: &Context,
+        ctx: &Context,
         inode: &Arc<Inode>,
         dir: &Arc<Inode>,
         name: &[u8],
@@ -416,7 +416,7 @@ impl Ext4 {
             if self.find_entry(dir, name)?.is_some() {
                 return Err(Errno::EEXIST.into());
             }
-            let handle = self.start(credits::LINK)?;
+            let handle = self.start_for(ctx, credits::LINK)?;
             self.add_entry(&handle, dir, name, Target::of(inode))?;
             let now = self.now();
             let first = {

@@ -27,6 +27,7 @@ const S_IFCHR: u16 = 0o020_000;
 /// One of the two names.
 #[derive(Clone, Copy)]
 struct Side<'a> {
+    ctx: &'a Context,
     dir: &'a Arc<Inode>,
     name: &'a [u8],
 }
@@ -79,7 +80,8 @@ impl Ext4 {
         if flags.contains(RenameFlags::EXCHANGE) && flags.intersects(others) {
             return Err(Errno::EINVAL.into());
         }
-        let (from, to) = (Side { dir: from.0, name: from.1 }, Side { dir: to.0, name: to.1 });
+        let side = |(dir, name)| Side { ctx, dir, name };
+        let (from, to) = (side(from), side(to));
         check_name(from.name)?;
         check_name(to.name)?;
         self.check_writable()?;
@@ -294,7 +296,7 @@ impl Ext4 {
         target: Option<&Found>,
         whiteout: Option<&Context>,
     ) -> Result<()> {
-        let handle = self.start(credits::RENAME + credits::NEW_INODE)?;
+        let handle = self.start_for(to.ctx, credits::RENAME + credits::NEW_INODE)?;
         let whiteout = match whiteout {
             Some(ctx) => Some(self.new_whiteout(ctx, &handle, from.dir)?),
             None => None,
@@ -344,7 +346,7 @@ impl Ext4 {
     }
 
     fn exchange(&self, from: Side<'_>, to: Side<'_>, source: &Found, target: &Found) -> Result<()> {
-        let handle = self.start(credits::RENAME)?;
+        let handle = self.start_for(to.ctx, credits::RENAME)?;
         self.redirect_entry(&handle, to.dir, &target.slot, Target::of(&source.inode))?;
         self.redirect_entry(&handle, from.dir, &source.slot, Target::of(&target.inode))?;
         self.renamed(&handle, source, to.dir)?;

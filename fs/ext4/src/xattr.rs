@@ -270,7 +270,7 @@ impl Ext4 {
             if name.is_acl() {
                 return self.set_user_acl(ctx, inode, name, value, flags);
             }
-            let handle = self.start(credits::SETATTR + credits::XATTR)?;
+            let handle = self.start_for(ctx, credits::SETATTR + credits::XATTR)?;
             self.write_xattr(&handle, inode, name, Some(value), flags)
         })
     }
