@@ -134,7 +134,8 @@ impl Served<'_> {
                 Ok(len) => len,
                 // ENOENT: the request was taken back between the wake-up and the read.
                 Err(Nix::EINTR | Nix::ENOENT | Nix::EAGAIN) => continue,
-                Err(Nix::ENODEV | Nix::ECONNABORTED) => return Ok(()),
+                // Unmounted. ECONNABORTED is told of: who aborted the connection lost requests.
+                Err(Nix::ENODEV) => return Ok(()),
                 Err(errno) => return Err(errno.into()),
             };
             match serve_one(device, self.dispatcher, &mut buffers, len) {

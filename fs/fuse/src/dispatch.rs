@@ -323,6 +323,7 @@ impl Dispatcher {
             | InitFlags::HANDLE_KILLPRIV_V2
             | InitFlags::EXPORT_SUPPORT
             | InitFlags::HAS_IOCTL_DIR
+            | InitFlags::ABORT_ERROR
             | InitFlags::SETXATTR_EXT
             | InitFlags::INIT_EXT;
         if self.stateless() {
