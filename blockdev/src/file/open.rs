@@ -11,6 +11,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
@@ -24,6 +25,8 @@ use crate::units::{SECTOR_SIZE, Sector};
 const MAX_BYTES: u32 = 4 << 20;
 /// Most bvecs in one request to the kernel; its own limit is 1024.
 const MAX_SEGMENTS: u16 = 512;
+/// How long an image may stay in use by somebody who is gone.
+const GRACE: Duration = Duration::from_millis(500);
 
 /// Why a file can't be used as a device.
 #[derive(Debug, Error)]
@@ -93,10 +96,13 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Target, OpenErr
         file = open_file(path, kind, options, direct).map_err(fail)?;
     }
     if kind == Kind::Image {
-        lock(&file, options.read_only).map_err(fail)?;
-        if loops::in_use(&file.metadata().map_err(fail)?, options.read_only) {
-            return Err(OpenError::InUse(path.to_owned()));
-        }
+        let meta = file.metadata().map_err(fail)?;
+        wait_while_used(|| lock(&file, options.read_only)).map_err(fail)?;
+        wait_while_used(|| match loops::in_use(&meta, options.read_only) {
+            true => Err(io::ErrorKind::ResourceBusy.into()),
+            false => Ok(()),
+        })
+        .map_err(|_| OpenError::InUse(path.to_owned()))?;
     }
     if options.direct && !direct {
         log::warn!("{}: no direct I/O here, using the page cache", path.display());
@@ -129,6 +135,25 @@ fn open_file(path: &Path, kind: Kind, options: &OpenOptions, direct: bool) -> io
         flags |= libc::O_EXCL;
     }
     std::fs::OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path)
+}
+
+/// Tries for a moment: of a daemon that was killed the kernel ends rings and mounts only a while
+/// after the process, and until then they hold the image.
+fn wait_while_used(mut claim: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    let start = Instant::now();
+    loop {
+        match claim() {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::ResourceBusy
+                ) && start.elapsed() < GRACE =>
+            {
+                std::thread::sleep(GRACE / 50);
+            }
+            other => return other,
+        }
+    }
 }
 
 /// One writer, or many readers.
