@@ -98,6 +98,7 @@ process_tests! {
     kills_ext4: kills(ON_EXT4, "");
     kills_ext4_1k_writeback_cache: kills(ON_EXT4_SMALL, "writeback_cache");
     aborted_connection_ext4: aborted_connection(ON_EXT4);
+    prepared_for_pressure_ext4: prepared_for_pressure(ON_EXT4);
     dirty_unmount_ext4: dirty_unmount(ON_EXT4, "");
     dirty_unmount_ext3_writeback_cache: dirty_unmount(ON_EXT3, "writeback_cache");
     eio_at_unmount_ext4: eio_at_unmount(ON_EXT4);

@@ -64,10 +64,14 @@ impl Daemon {
         line.and_then(|line| line.split(' ').next()).unwrap_or_default().to_owned()
     }
 
-    /// SIGKILL, and the dead mount goes.
-    fn kill(mut self) {
+    /// SIGKILL; the dead mount stays, so that nobody writes to the directory below it.
+    fn kill(&mut self) {
         self.child.kill().expect("kill the daemon");
         self.child.wait().expect("wait for the daemon");
+    }
+
+    /// Takes the mount of a dead daemon away.
+    fn detach(self) {
         umount2(&self.dir, MntFlags::MNT_DETACH).expect("take the dead mount away");
     }
 
@@ -235,7 +239,7 @@ pub fn kills(kind: Kind, options: &str) {
     let mut clients: Vec<Client> = (0..CLIENTS).map(|index| Client::new(index, seed)).collect();
     let begin = Instant::now();
     for kill in 1..=count {
-        let daemon = Daemon::start(&image, &dir, &log, options);
+        let mut daemon = Daemon::start(&image, &dir, &log, options);
         for client in &mut clients {
             client
                 .resume(&dir)
@@ -251,6 +255,7 @@ pub fn kills(kind: Kind, options: &str) {
             daemon.kill();
             stop.store(true, Ordering::SeqCst);
         });
+        daemon.detach();
         assert_no_loop(&image);
         if kill % 5 == 0 || kill == count {
             // The next mount replays the journal; what it leaves must be in order.
@@ -336,6 +341,33 @@ pub fn aborted_connection(kind: Kind) {
     run(Command::new(uext()).arg("umount").arg(&dir));
     assert!(daemon.wait().success());
     assert_clean(&image);
+}
+
+/// The daemon's memory is not swapped out, and no thread of it waits in the kernel for pages that
+/// only it can write.
+pub fn prepared_for_pressure(kind: Kind) {
+    /// `PF_MEMALLOC_NOIO` of `linux/sched.h`, which `PR_SET_IO_FLUSHER` sets.
+    const NO_IO: u64 = 0x0008_0000;
+    let scratch = Scratch::new();
+    let image = scratch.mkfs("image", kind, 64 << 20, &[]);
+    let (dir, log) = (scratch.mount_point("mnt"), scratch.path().join("log"));
+    let daemon = Daemon::start(&image, &dir, &log, "");
+    let proc = PathBuf::from(format!("/proc/{}", daemon.child.id()));
+    let status = fs::read_to_string(proc.join("status")).expect("read the status");
+    let locked = status.lines().find_map(|line| line.strip_prefix("VmLck:"));
+    let locked = locked.and_then(|text| text.trim().split(' ').next()?.parse::<u64>().ok());
+    assert!(locked.is_some_and(|kib| kib > 0), "nothing is locked: {locked:?}");
+    for task in fs::read_dir(proc.join("task")).expect("list the threads") {
+        let stat = task.expect("a thread").path().join("stat");
+        let text = fs::read_to_string(stat).expect("read a thread's state");
+        // The ninth field, counted from behind the name, which may hold anything.
+        let (name, rest) = text.rsplit_once(')').expect("a name in brackets");
+        let flags: u64 =
+            rest.split_whitespace().nth(6).and_then(|f| f.parse().ok()).expect("flags");
+        assert!(flags & NO_IO != 0, "{name}) is no I/O flusher: {flags:#x}");
+    }
+    run(Command::new(uext()).arg("umount").arg(&dir));
+    assert!(daemon.wait().success());
 }
 
 /// umount(8) with much that is dirty: the image is clean when it returns.

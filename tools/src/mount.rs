@@ -146,6 +146,7 @@ fn serve(
         log.to_file(path).map_err(|error| format!("{}: {error}", path.display()))?;
     }
     spare_from_oom_killer();
+    uext_fuse::serve_under_pressure();
     let source = resolve(&mount.source)?;
     let dir = mount.dir.canonicalize();
     let dir = dir.map_err(|error| format!("{}: {error}", mount.dir.display()))?;

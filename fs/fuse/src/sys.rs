@@ -227,6 +227,18 @@ pub(crate) fn loop_configure(
 /// From `linux/prctl.h`.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 
+/// Prepares the process to write while memory is short, before it starts threads, which inherit
+/// it: the kernel neither makes them wait for what only they can write out, nor swaps out what
+/// they have touched. Needs privileges; without them nothing changes.
+pub fn serve_under_pressure() {
+    set_io_flusher();
+    // On fault: only what is used, not the stacks' and pools' whole room.
+    // SAFETY: no memory is handed over.
+    if unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) } != 0 {
+        log::debug!("mlockall: {}", io::Error::last_os_error());
+    }
+}
+
 /// Tells the kernel that this thread writes out what the kernel wants to reclaim, so
 /// that it must not be made to wait for that. Needs a privilege; without it nothing changes.
 pub(crate) fn set_io_flusher() {
