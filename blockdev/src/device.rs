@@ -7,6 +7,7 @@ use crate::bio::{Bio, BioFlags, BioOp, BioVec};
 use crate::limits::QueueLimits;
 use crate::status::{BlkResult, BlkStatus};
 use crate::units::{SECTOR_SIZE, Sector};
+use crate::waiter::Waiter;
 
 /// A device that carries bios.
 ///
@@ -45,28 +46,24 @@ pub trait BlockDevice: Send + Sync {
         bio.status().map(|()| bio)
     }
 
+    /// [`BlockDevice::submit_bios`] that leaves the caller its empty array.
+    fn submit_drain(&self, bios: &mut Vec<Bio>) {
+        self.submit_bios(std::mem::take(bios));
+    }
+
     /// Submits many at once and waits for all of them; each comes back with its
     /// own [`Bio::status`], in no particular order. As for every batch nothing is
     /// promised about the order in which they are done.
-    fn submit_bios_wait(&self, bios: Vec<Bio>) -> Vec<Bio> {
-        wait_for_all(self, bios)
+    fn submit_bios_wait(&self, mut bios: Vec<Bio>) -> Vec<Bio> {
+        self.submit_batch_wait(&mut bios);
+        bios
     }
-}
 
-/// Submits a batch and waits until the last of its call-backs has come.
-pub(crate) fn wait_for_all<D: BlockDevice + ?Sized>(dev: &D, mut bios: Vec<Bio>) -> Vec<Bio> {
-    let count = bios.len();
-    let (done, wait) = crossbeam_channel::bounded(count);
-    for bio in &mut bios {
-        let done = done.clone();
-        bio.set_end_io(move |bio| {
-            // The receiver waits below, so the only error is its thread's panic.
-            let _ = done.send(bio);
-        });
+    /// [`BlockDevice::submit_bios_wait`] with an array that stays the caller's: who keeps it
+    /// can have a second batch of that size without an allocation, if the device can.
+    fn submit_batch_wait(&self, bios: &mut Vec<Bio>) {
+        Waiter::new().run(self, bios);
     }
-    drop(done);
-    dev.submit_bios(bios);
-    wait.iter().take(count).collect()
 }
 
 /// Submits a bio and waits for it; the bio comes back with its buffers.

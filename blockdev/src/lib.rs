@@ -24,6 +24,7 @@ pub mod plug;
 pub mod split;
 pub mod status;
 pub mod units;
+mod waiter;
 
 pub use aligned::AlignedBuf;
 pub use bio::{Bio, BioEndIo, BioFlags, BioOp, BioVec, IoBuffer};

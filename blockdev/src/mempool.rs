@@ -11,8 +11,17 @@
 //! one at its own level or above:
 //!
 //! ```text
-//!   journal descriptor  >  bio of the filesystem  >  bio of a split or clone  >  bounce frame
+//!   level                      draws from, and how much there is
+//!   writing a file's pages     ext4's batches: 4, each with 64 bios of 256 pages
+//!     > mapping them           the journal's block maps: room for 16,384 blocks per transaction
+//!       > commit               the log's chunk: 1 MiB and 16 bios, one commit at a time
+//!       > checkpoint           the journal's workspace: 1 MiB, 64 bios, one checkpoint at a time
+//!   metadata without journal   a buffer cache's bounce buffers: 3 of 512 KiB
+//!         > device             a device's waiters and rings (4 of each kept), its queues
 //! ```
+//!
+//! A level holds what it has while it waits for the levels further right, never the other way:
+//! a commit or checkpoint, which somebody who maps pages may have to wait for, needs no batch.
 //!
 //! Invariants:
 //! - The reserve holds at most `min_nr` elements, and with those taken by users at

@@ -19,6 +19,8 @@ use crate::split::fits;
 
 /// Bios in the ring of a thread that waits.
 pub(super) const BATCH_DEPTH: u32 = 32;
+/// Bios of a batch for which such a ring has room from the start.
+const BATCH_BIOS: usize = 256;
 /// Rings kept for threads that wait.
 const MAX_BATCH_RINGS: usize = 4;
 
@@ -45,23 +47,20 @@ impl<P: Port> BatchPool<P> {
         Self { rings: Mutex::default(), make }
     }
 
-    /// Does a batch, or gives it back where a ring isn't worth it or not to be had.
-    pub(super) fn run(&self, bios: Vec<Bio>, target: &Target) -> Result<Vec<Bio>, Vec<Bio>> {
-        if bios.len() < 2 {
-            return Err(bios);
-        }
+    /// Does a batch in place; `false` where a ring is not to be had.
+    pub(super) fn run(&self, bios: &mut Vec<Bio>, target: &Target) -> bool {
         let kept = self.rings.lock().pop();
         let ring = match kept {
             Some(ring) => Ok(ring),
             None => (self.make)(target).map(|port| Batch::new(port, target)),
         };
-        let Ok(mut ring) = ring else { return Err(bios) };
-        let done = ring.run(bios, target);
+        let Ok(mut ring) = ring else { return false };
+        ring.run(bios, target);
         let mut rings = self.rings.lock();
         if rings.len() < MAX_BATCH_RINGS {
             rings.push(ring);
         }
-        Ok(done)
+        true
     }
 }
 
@@ -69,6 +68,11 @@ struct Batch<P: Port> {
     port: P,
     flights: Box<[Flight]>,
     free: Vec<u32>,
+    /// Flights that came short.
+    again: Vec<u32>,
+    /// Bios that wait for a place in the ring, and those that are no matter for it.
+    queued: VecDeque<Bio>,
+    single: Vec<Bio>,
 }
 
 impl<P: Port> Batch<P> {
@@ -77,49 +81,51 @@ impl<P: Port> Batch<P> {
             port,
             flights: (0..BATCH_DEPTH).map(|_| Flight::new(target)).collect(),
             free: (0..BATCH_DEPTH).rev().collect(),
+            again: Vec::with_capacity(BATCH_DEPTH as usize),
+            queued: VecDeque::with_capacity(BATCH_BIOS),
+            single: Vec::with_capacity(BATCH_BIOS),
         }
     }
 
-    /// Does all of the bios: what is one plain step in the ring, the rest afterwards
+    /// Does all of the bios, in place: what is one plain step in the ring, the rest afterwards
     /// one by one.
-    fn run(&mut self, bios: Vec<Bio>, target: &Target) -> Vec<Bio> {
-        let mut done = Vec::with_capacity(bios.len());
-        let mut single = Vec::new();
-        let mut queued = VecDeque::with_capacity(bios.len());
-        for mut bio in bios {
-            if let Err(status) = target.limits.check(&bio) {
-                bio.set_status(Err(status));
-                done.push(bio);
-            } else if is_plain(&bio, &target.limits) {
-                queued.push_back(bio);
+    fn run(&mut self, bios: &mut Vec<Bio>, target: &Target) {
+        for mut bio in bios.drain(..) {
+            let checked = target.limits.check(&bio);
+            bio.set_status(checked);
+            if checked.is_ok() && is_plain(&bio, &target.limits) {
+                self.queued.push_back(bio);
             } else {
-                single.push(bio);
+                self.single.push(bio);
             }
         }
-        let mut again = Vec::new();
-        while !(queued.is_empty() && again.is_empty() && self.free.len() == self.flights.len()) {
-            self.fill(&mut queued, &mut again);
+        while !(self.queued.is_empty()
+            && self.again.is_empty()
+            && self.free.len() == self.flights.len())
+        {
+            self.fill();
             let in_flight = self.flights.len() - self.free.len();
             // With more to come half is enough; the rest then overlaps with it.
-            let want = if queued.is_empty() { in_flight } else { in_flight.div_ceil(2) };
+            let want = if self.queued.is_empty() { in_flight } else { in_flight.div_ceil(2) };
             self.port.submit_and_wait(want);
-            self.collect(target, &mut again, &mut done);
+            self.collect(target, bios);
         }
-        for mut bio in single {
-            let status = target.run(&bio);
-            bio.set_status(status);
-            done.push(bio);
+        for mut bio in self.single.drain(..) {
+            if bio.status().is_ok() {
+                let status = target.run(&bio);
+                bio.set_status(status);
+            }
+            bios.push(bio);
         }
-        done
     }
 
-    fn fill(&mut self, queued: &mut VecDeque<Bio>, again: &mut Vec<u32>) {
+    fn fill(&mut self) {
         loop {
-            let index = if let Some(index) = again.pop() {
+            let index = if let Some(index) = self.again.pop() {
                 index
-            } else if !queued.is_empty()
+            } else if !self.queued.is_empty()
                 && let Some(index) = self.free.pop()
-                && let Some(bio) = queued.pop_front()
+                && let Some(bio) = self.queued.pop_front()
             {
                 self.flights[index as usize].board(bio);
                 index
@@ -130,10 +136,10 @@ impl<P: Port> Batch<P> {
         }
     }
 
-    fn collect(&mut self, target: &Target, again: &mut Vec<u32>, done: &mut Vec<Bio>) {
+    fn collect(&mut self, target: &Target, done: &mut Vec<Bio>) {
         while let Some((index, result)) = self.port.next_completion() {
             match self.flights[index as usize].land(result, target) {
-                Landing::Again => again.push(index),
+                Landing::Again => self.again.push(index),
                 Landing::Done(mut bio, status) => {
                     self.free.push(index);
                     bio.set_status(status);

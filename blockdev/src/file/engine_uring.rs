@@ -105,7 +105,7 @@ impl EngineQueue for UringEngine {
         flush::submit(&self.queue, &mut plain);
     }
 
-    fn submit_wait(&self, bios: Vec<Bio>) -> Result<Vec<Bio>, Vec<Bio>> {
+    fn submit_wait(&self, bios: &mut Vec<Bio>) -> bool {
         self.batches.run(bios, &self.ring.target)
     }
 

@@ -28,15 +28,20 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::bio::Bio;
-use crate::device::{BlockDevice, wait_for_all};
+use crate::device::BlockDevice;
 use crate::limits::QueueLimits;
 use crate::status::BlkResult;
+use crate::waiter::Waiter;
+use uext_sync::Mutex;
 
 use engine_aio::AioEngine;
 use engine_sync::{SyncEngine, WORKERS};
 use engine_uring::UringEngine;
 pub use open::OpenError;
 use target::{Kind, Target};
+
+/// Waiters kept for threads that wait for a batch.
+const MAX_WAITERS: usize = 4;
 
 /// How bios of threads that don't wait reach the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -78,10 +83,10 @@ trait EngineQueue: Send + Sync {
     /// Takes bios that passed the limits' check; completes each once, from any thread.
     fn submit(&self, bios: &mut dyn Iterator<Item = Bio>);
 
-    /// Does a batch and waits for it; gives it back where it has no quicker way than
+    /// Does a batch in place and waits for it; `false` where it has no quicker way than
     /// `submit` and the call-backs.
-    fn submit_wait(&self, bios: Vec<Bio>) -> Result<Vec<Bio>, Vec<Bio>> {
-        Err(bios)
+    fn submit_wait(&self, _bios: &mut Vec<Bio>) -> bool {
+        false
     }
 
     /// Its name for messages.
@@ -92,6 +97,8 @@ trait EngineQueue: Send + Sync {
 pub struct FileDevice {
     target: Arc<Target>,
     engine: Box<dyn EngineQueue>,
+    /// For threads that wait for a batch; kept, so that waiting allocates nothing.
+    waiters: Mutex<Vec<Arc<Waiter>>>,
 }
 
 impl FileDevice {
@@ -104,7 +111,8 @@ impl FileDevice {
         let target = Arc::new(open::open(path.as_ref(), &options)?);
         let engine = make_engine(&target, options.engine)
             .map_err(|source| OpenError::Io { path: path.as_ref().to_owned(), source })?;
-        Ok(Arc::new(Self { target, engine }))
+        let waiters = Mutex::new(Vec::with_capacity(MAX_WAITERS));
+        Ok(Arc::new(Self { target, engine, waiters }))
     }
 
     /// Gives up the claim on an image before the device is dropped: whoever unmounts
@@ -126,10 +134,9 @@ impl FileDevice {
     }
 
     /// Does a bio in the calling thread and leaves its end in its status.
-    fn run_here(&self, mut bio: Bio) -> Bio {
-        let result = self.target.limits.check(&bio).and_then(|()| self.target.run(&bio));
+    fn run_in_place(&self, bio: &mut Bio) {
+        let result = self.target.limits.check(bio).and_then(|()| self.target.run(bio));
         bio.set_status(result);
-        bio
     }
 }
 
@@ -174,18 +181,27 @@ impl BlockDevice for FileDevice {
 
     fn submit_bio_wait(&self, mut bio: Bio) -> BlkResult<Bio> {
         drop(bio.take_end_io());
-        let bio = self.run_here(bio);
+        self.run_in_place(&mut bio);
         bio.status().map(|()| bio)
     }
 
-    fn submit_bios_wait(&self, mut bios: Vec<Bio>) -> Vec<Bio> {
-        for bio in &mut bios {
+    fn submit_drain(&self, bios: &mut Vec<Bio>) {
+        self.engine.submit(&mut bios.drain(..).filter_map(|bio| self.target.limits.admit(bio)));
+    }
+
+    fn submit_batch_wait(&self, bios: &mut Vec<Bio>) {
+        for bio in bios.iter_mut() {
             drop(bio.take_end_io());
         }
-        match self.engine.submit_wait(bios) {
-            Ok(bios) => bios,
-            Err(bios) if bios.len() < 2 => bios.into_iter().map(|bio| self.run_here(bio)).collect(),
-            Err(bios) => wait_for_all(self, bios),
+        if bios.len() < 2 {
+            bios.iter_mut().for_each(|bio| self.run_in_place(bio));
+        } else if !self.engine.submit_wait(bios) {
+            let waiter = self.waiters.lock().pop().unwrap_or_else(Waiter::new);
+            waiter.run(self, bios);
+            let mut waiters = self.waiters.lock();
+            if waiters.len() < MAX_WAITERS {
+                waiters.push(waiter);
+            }
         }
     }
 }
