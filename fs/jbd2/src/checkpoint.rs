@@ -7,25 +7,59 @@
 //! its contents may not be committed. It is freed from the old transaction by
 //! that newer one's commit, which the checkpoint asks for.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use uext_blockdev::{AlignedBuf, Bio, BioFlags, BioOp, BioVec, Sector};
+use uext_blockdev::{AlignedBuf, Bio, BioFlags, BioOp, BioSet, BioVec, Sector};
 use uext_pagecache::Buffer;
 
 use crate::error::{IoWhat, JournalError, Result};
 use crate::journal::Journal;
 use crate::log::Log;
-use crate::tid::Tid;
+use crate::tid::{Tid, tid_geq};
 
-/// Bytes written between two waits.
+/// Bytes copied at once.
 const BATCH_BYTES: usize = 1 << 20;
+/// Most buffers that are looked for, and sorted, at once.
+const MAX_BUFFERS: usize = 4096;
+/// Bios that go out together, each a run of blocks.
+const MAX_BIOS: usize = 64;
+
+/// What a checkpoint works with; kept, so that it needs no memory.
+pub(crate) struct Workspace {
+    /// To be brought home, in block order.
+    buffers: Vec<Buffer>,
+    /// Of these, by index, the ones that are being written, and for which transaction.
+    written: Vec<(usize, Tid)>,
+    memory: Arc<AlignedBuf>,
+    batch: Vec<Bio>,
+    bios: BioSet,
+}
+
+impl Workspace {
+    /// For blocks of this size; without a journal nothing is needed.
+    pub(crate) fn new(block_size: Option<u32>) -> Self {
+        let (buffers, bytes) = block_size.map_or((0, 0), |_| (MAX_BUFFERS, BATCH_BYTES));
+        Self {
+            buffers: Vec::with_capacity(buffers),
+            written: Vec::with_capacity(block_size.map_or(0, batch_blocks)),
+            memory: Arc::new(AlignedBuf::new(bytes)),
+            batch: Vec::with_capacity(MAX_BIOS),
+            bios: BioSet::reserve_only(MAX_BIOS, 1),
+        }
+    }
+}
+
+fn batch_blocks(block_size: u32) -> usize {
+    (BATCH_BYTES / block_size as usize).max(1)
+}
 
 /// What one step of a checkpoint is to do.
 enum Step {
     /// Nothing: there is space.
     Done,
-    /// Bring these home.
-    Write(Vec<Buffer>),
+    /// Bring home what the workspace holds.
+    Write,
     /// A newer transaction holds the oldest one's last buffers.
     Commit(Tid),
     /// The oldest transactions are home: move the tail.
@@ -37,12 +71,14 @@ impl Journal {
     /// the log is empty.
     pub(crate) fn checkpoint(&self, needed: u32) -> Result<()> {
         let Some(log) = &self.log else { return Ok(()) };
-        let _one = self.checkpointing.lock();
+        let mut one = self.checkpointing.lock();
         loop {
-            match self.next_step(needed)? {
+            match self.next_step(needed, &mut one.buffers)? {
                 Step::Done => return Ok(()),
-                Step::Write(buffers) => {
-                    self.write_home(log, &buffers).map_err(|error| self.abort_with(error))?;
+                Step::Write => {
+                    let written = self.write_home(log, &mut one);
+                    one.buffers.clear();
+                    written.map_err(|error| self.abort_with(error))?;
                 }
                 Step::Commit(tid) => self.commit(tid)?,
                 Step::MoveTail => self.move_tail(log).map_err(|error| self.abort_with(error))?,
@@ -86,7 +122,8 @@ impl Journal {
         log.write_empty(next, head).map_err(|error| self.abort_with(error))
     }
 
-    fn next_step(&self, needed: u32) -> Result<Step> {
+    /// What is to be done; fills `write`, which is empty, with what is to be brought home.
+    fn next_step(&self, needed: u32, write: &mut Vec<Buffer>) -> Result<Step> {
         let state = self.state.lock();
         if let Some(why) = &state.aborted {
             return Err(why.as_aborted());
@@ -95,30 +132,32 @@ impl Journal {
             return Ok(Step::Done);
         }
         let mut free = state.free;
-        let mut write = Vec::new();
-        let mut held = None;
+        let mut newest = None;
         for old in &state.checkpoints {
             if free >= needed {
                 break;
             }
             free += old.log_blocks;
-            for buffer in old.buffers.values() {
-                let head = buffer.journal();
-                match head.running.or(head.committing) {
-                    Some(newer) => held = held.or(Some(newer)),
-                    None => write.push(buffer.clone()),
-                }
-            }
-            if held.is_some() && !write.is_empty() {
-                break;
+            newest = Some(old.tid);
+        }
+        let mut held = None;
+        let mut left =
+            state.home.values().filter(|(tid, _)| newest.is_some_and(|n| tid_geq(n, *tid)));
+        while write.len() < MAX_BUFFERS
+            && let Some((_, buffer)) = left.next()
+        {
+            let head = buffer.journal();
+            match head.running.or(head.committing) {
+                Some(newer) => held = held.or(Some(newer)),
+                None => write.push(buffer.clone()),
             }
         }
         if !write.is_empty() {
-            return Ok(Step::Write(write));
+            return Ok(Step::Write);
         }
         match held {
             // Nothing of the oldest is left to write, but it is not free yet.
-            Some(newer) if state.checkpoints.front().is_some_and(|c| !c.buffers.is_empty()) => {
+            Some(newer) if state.checkpoints.front().is_some_and(|c| c.left > 0) => {
                 Ok(Step::Commit(newer))
             }
             _ => Ok(Step::MoveTail),
@@ -126,53 +165,44 @@ impl Journal {
     }
 
     /// Writes committed contents home, in block order, and waits.
-    fn write_home(&self, log: &Log, buffers: &[Buffer]) -> Result<()> {
-        let mut sorted: Vec<&Buffer> = buffers.iter().collect();
-        sorted.sort_unstable_by_key(|buffer| buffer.block());
-        sorted.dedup_by_key(|buffer| buffer.block());
-        let size = log.block_size as usize;
-        let mut memory = Arc::new(AlignedBuf::new(BATCH_BYTES.min(size * sorted.len())));
-        for batch in sorted.chunks((BATCH_BYTES / size).max(1)) {
-            if Arc::get_mut(&mut memory).is_none() {
-                memory = Arc::new(AlignedBuf::new(size * batch.len()));
-            }
-            self.write_batch(log, batch, &mut memory)?;
+    fn write_home(&self, log: &Log, work: &mut Workspace) -> Result<()> {
+        work.buffers.sort_unstable_by_key(|buffer| buffer.block());
+        work.buffers.dedup_by_key(|buffer| buffer.block());
+        let mut from = 0;
+        while from < work.buffers.len() {
+            let end = work.buffers.len().min(from + batch_blocks(log.block_size));
+            self.write_batch(log, work, from..end)?;
+            from = end;
         }
         Ok(())
     }
 
-    fn write_batch(
-        &self,
-        log: &Log,
-        batch: &[&Buffer],
-        memory: &mut Arc<AlignedBuf>,
-    ) -> Result<()> {
+    fn write_batch(&self, log: &Log, work: &mut Workspace, range: Range<usize>) -> Result<()> {
         // From before the contents are judged until they are on the disk: a commit
         // that frees one of the blocks waits for this.
         let _on_the_way = self.home_io.lock();
         let size = log.block_size as usize;
-        let bytes = Arc::get_mut(memory).expect("the caller made sure that it is unshared");
-        let mut written: Vec<(&Buffer, Tid)> = Vec::with_capacity(batch.len());
-        for &buffer in batch {
+        if Arc::get_mut(&mut work.memory).is_none() {
+            // A device that records kept the memory of a finished bio: leave it that.
+            work.memory = Arc::new(AlignedBuf::new(BATCH_BYTES));
+        }
+        let bytes = Arc::get_mut(&mut work.memory).expect("just found or made unshared");
+        work.written.clear();
+        for index in range {
+            let buffer = &work.buffers[index];
             let content = buffer.read();
             let head = buffer.journal();
             let busy = head.running.is_some() || head.committing.is_some();
             let Some(tid) = head.checkpoint.filter(|_| !busy) else { continue };
             drop(head);
-            let at = written.len() * size;
+            let at = work.written.len() * size;
             bytes[at..at + size].copy_from_slice(&content);
-            written.push((buffer, tid));
+            work.written.push((index, tid));
         }
-        let bios = home_bios(&written, memory, log.block_size);
-        let done = self.buffers.device().submit_bios_wait(bios);
-        if let Some(failed) = done.iter().find(|bio| bio.status().is_err()) {
-            let block = failed.sector().byte_offset() / u64::from(log.block_size);
-            let status = failed.status().err().unwrap_or(uext_blockdev::BlkStatus::IoErr);
-            return Err(JournalError::io(IoWhat::WriteFs, block, status));
-        }
-        drop(done);
+        self.submit_home(log, work)?;
         let mut state = self.state.lock();
-        for (buffer, tid) in written {
+        for &(index, tid) in &work.written {
+            let buffer = &work.buffers[index];
             let mut head = buffer.journal();
             if head.checkpoint == Some(tid) {
                 head.checkpoint = None;
@@ -182,10 +212,44 @@ impl Journal {
         Ok(())
     }
 
+    /// Writes what was copied, with one bio for each run of adjacent blocks, and waits.
+    fn submit_home(&self, log: &Log, work: &mut Workspace) -> Result<()> {
+        let (block_size, count) = (log.block_size, work.written.len());
+        let block_of = |at: usize| work.buffers[work.written[at].0].block();
+        let mut from = 0;
+        for at in 1..=count {
+            if at < count && block_of(at - 1) + 1 == block_of(at) {
+                continue;
+            }
+            // A block that is cached lies inside the device, whose bytes fit a u64.
+            let sector = Sector::from_byte_offset(block_of(from) * u64::from(block_size));
+            let flags = BioFlags::META | BioFlags::SYNC;
+            let mut bio = work.bios.alloc(BioOp::Write, flags, sector);
+            // Both are below the blocks of a batch.
+            let (offset, blocks) = (from as u32, (at - from) as u32);
+            let piece = (offset * block_size, blocks * block_size);
+            bio.add_vec(BioVec::part(work.memory.clone(), piece.0, piece.1));
+            work.batch.push(bio);
+            from = at;
+            if work.batch.len() < MAX_BIOS && at < count {
+                continue;
+            }
+            self.buffers.device().submit_batch_wait(&mut work.batch);
+            let failed =
+                work.batch.iter().find_map(|bio| Some((bio.status().err()?, bio.sector())));
+            work.batch.clear();
+            if let Some((status, sector)) = failed {
+                let block = sector.byte_offset() / u64::from(block_size);
+                return Err(JournalError::io(IoWhat::WriteFs, block, status));
+            }
+        }
+        Ok(())
+    }
+
     /// Frees the log of the oldest transactions whose blocks are all home.
     fn move_tail(&self, log: &Log) -> Result<()> {
         let state = self.state.lock();
-        let home = state.checkpoints.iter().take_while(|old| old.buffers.is_empty()).count();
+        let home = state.checkpoints.iter().take_while(|old| old.left == 0).count();
         let freed: u32 = state.checkpoints.iter().take(home).map(|old| old.log_blocks).sum();
         let (tid, start) = match state.checkpoints.get(home) {
             Some(oldest) => (oldest.tid, oldest.log_start),
@@ -210,25 +274,4 @@ impl Journal {
         self.changed.notify_all();
         Ok(())
     }
-}
-
-/// One bio for each run of adjacent blocks, from consecutive pieces of `memory`.
-fn home_bios(sorted: &[(&Buffer, Tid)], memory: &Arc<AlignedBuf>, block_size: u32) -> Vec<Bio> {
-    let mut bios = Vec::new();
-    let mut from = 0;
-    for at in 1..=sorted.len() {
-        let joins =
-            sorted.get(at).is_some_and(|next| sorted[at - 1].0.block() + 1 == next.0.block());
-        if joins {
-            continue;
-        }
-        // A block that is cached lies inside the device, whose bytes fit a u64.
-        let sector = Sector::from_byte_offset(sorted[from].0.block() * u64::from(block_size));
-        let mut bio = Bio::new(BioOp::Write, BioFlags::META | BioFlags::SYNC, sector);
-        let (offset, count) = (from as u32, (at - from) as u32);
-        bio.add_vec(BioVec::part(memory.clone(), offset * block_size, count * block_size));
-        bios.push(bio);
-        from = at;
-    }
-    bios
 }

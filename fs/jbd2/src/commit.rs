@@ -160,15 +160,8 @@ impl Journal {
         self.set_commit_state(tx.tid, TxState::Flush);
         let mut writer = log.writer(tx.tid, place.start);
         writer.revokes(tx.revoked.iter().copied())?;
-        let blocks: Vec<u64> = tx.buffers.keys().copied().collect();
-        let buffers: Vec<&Buffer> = tx.buffers.values().collect();
-        let most = log.tags_per_descriptor();
-        for (blocks, buffers) in blocks.chunks(most).zip(buffers.chunks(most)) {
-            writer.group(blocks, |index, bytes| {
-                copy_for_log(buffers[index], tx.tid, bytes);
-                Ok(())
-            })?;
-        }
+        let copy = |buffer: &Buffer, bytes: &mut [u8]| copy_for_log(buffer, tx.tid, bytes);
+        writer.blocks_of(tx.buffers.values(), copy)?;
         writer.finish_blocks()?;
         self.set_commit_state(tx.tid, TxState::Commit);
         if !std::sync::Arc::ptr_eq(&log.device, self.buffers.device()) {
@@ -182,14 +175,20 @@ impl Journal {
     fn finish(&self, mut transaction: Transaction, place: Place) {
         let tid = transaction.tid;
         let mut state = self.state.lock();
-        for (&block, buffer) in &transaction.buffers {
-            let mut head = buffer.journal();
-            head.committing = None;
-            head.frozen = None;
-            if let Some(old) = head.checkpoint.replace(tid) {
-                state.leave_checkpoint(old, block);
+        let left = transaction.buffers.len();
+        for (block, buffer) in transaction.buffers.drain() {
+            let older = {
+                let mut head = buffer.journal();
+                head.committing = None;
+                head.frozen = None;
+                head.checkpoint.replace(tid)
+            };
+            if let Some(older) = older {
+                state.leave_checkpoint(older, block);
             }
+            state.home.insert(block, (tid, buffer));
         }
+        state.spare = std::mem::take(&mut transaction.buffers);
         for (&block, buffer) in &transaction.forgotten {
             let mut head = buffer.journal();
             if head.running == Some(tid) {
@@ -207,7 +206,7 @@ impl Journal {
             tid,
             log_start: place.start,
             log_blocks: place.blocks,
-            buffers: std::mem::take(&mut transaction.buffers),
+            left,
         });
         state.committed = tid;
         state.committing = Some((tid, TxState::Finished));

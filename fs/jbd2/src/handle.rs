@@ -18,7 +18,7 @@
 //! | T+1 | T | copy | changed since; T's contents are in the copy |
 
 use std::cell::Cell;
-use std::collections::btree_map::Entry;
+use std::collections::hash_map::Entry;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use uext_sync::atomic::Ordering;

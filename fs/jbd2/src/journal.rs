@@ -12,13 +12,14 @@ use uext_pagecache::{BLOCK_CONTENTS, BufferCache, CheckpointHook, PAGE_CONTENTS}
 use uext_sync::{Condvar, Mutex, RwLock, lockdep};
 
 use crate::background::Background;
+use crate::checkpoint::Workspace;
 use crate::config::JournalConfig;
 use crate::error::{JournalError, Result};
 use crate::handle::{HANDLE, Handle};
 use crate::log::Log;
 use crate::map::JournalMap;
 use crate::tid::{Tid, tid_geq};
-use crate::transaction::{State, Transaction, TxState};
+use crate::transaction::{State, Transaction, TxState, block_map};
 
 /// Called with a transaction that became durable.
 pub type OnCommit = Box<dyn Fn(Tid) + Send + Sync>;
@@ -59,7 +60,7 @@ pub struct Journal {
     /// Anything in `state` that somebody may wait for has changed.
     pub(crate) changed: Condvar,
     /// Held by the one thread that checkpoints.
-    pub(crate) checkpointing: Mutex<()>,
+    pub(crate) checkpointing: Mutex<Workspace>,
     /// Held while blocks are on their way home.
     pub(crate) home_io: Mutex<()>,
     /// The running transaction has freed blocks: buffers it holds need a closer look.
@@ -122,13 +123,14 @@ impl Journal {
         config: JournalConfig,
         state: State,
     ) -> Arc<Self> {
+        let work = Workspace::new(log.as_ref().map(|log| log.block_size));
         Arc::new(Self {
             buffers,
             log,
             config,
             state: Mutex::new(state),
             changed: Condvar::new(),
-            checkpointing: Mutex::new(()),
+            checkpointing: Mutex::new(work),
             home_io: Mutex::new(()),
             has_forgotten: AtomicBool::new(false),
             on_commit: RwLock::default(),
@@ -210,7 +212,8 @@ impl Journal {
                 if state.free >= needed {
                     let tid = state.next_tid;
                     state.next_tid = tid.wrapping_add(1);
-                    state.running = Some(Transaction::new(tid));
+                    let buffers = std::mem::take(&mut state.spare);
+                    state.running = Some(Transaction::new(tid, buffers));
                     // WHY-RELAXED: the list lock orders it for the handles of the new transaction.
                     self.has_forgotten.store(false, Ordering::Relaxed);
                 } else {
@@ -404,7 +407,9 @@ fn new_state(next_tid: Tid, head: u32, free: u32) -> State {
         committed: next_tid.wrapping_sub(1),
         head,
         free,
-        checkpoints: VecDeque::new(),
+        checkpoints: VecDeque::with_capacity(64),
+        home: block_map(free),
+        spare: block_map(free / 4),
         barriers: 0,
         aborted: None,
         closed: false,

@@ -13,11 +13,14 @@
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use uext_blockdev::{AlignedBuf, Bio, BioFlags, BioOp, BioVec, BlkStatus, BlockDevice, Sector};
+use uext_blockdev::{
+    AlignedBuf, Bio, BioFlags, BioOp, BioSet, BioVec, BlkResult, BlkStatus, BlockDevice, Sector,
+};
 use uext_ondisk::jbd2::{
     BlockType, CommitBlock, DescriptorWriter, JournalCompat, JournalIncompat, JournalSuperblock,
     RawJournalSuperblock, RevokeWriter, TagFormat, edit_superblock_with,
 };
+use uext_pagecache::Buffer;
 use uext_sync::Mutex;
 use zerocopy::FromBytes;
 
@@ -30,6 +33,10 @@ use crate::tid::Tid;
 
 /// Bytes of the chunk the log is written from.
 const CHUNK_BYTES: usize = 1 << 20;
+/// Buffers of a transaction for which there is room from the start.
+const MAX_SORTED: usize = 16_384;
+/// Bios that go out together, each a run of the chunk that is contiguous on the device.
+const MAX_BIOS: usize = 16;
 
 /// A journal on its device.
 pub(crate) struct Log {
@@ -45,7 +52,27 @@ pub(crate) struct Log {
     /// Goes into the first tag of a descriptor.
     fs_uuid: [u8; 16],
     superblock: Mutex<Superblock>,
-    chunk: Mutex<Option<AlignedBuf>>,
+    chunk: Mutex<Option<Chunk>>,
+    /// Its bios; taken by who has the chunk, so nobody waits.
+    bios: BioSet,
+}
+
+/// What the log is written from; kept, so that a commit needs no memory.
+struct Chunk {
+    memory: Arc<AlignedBuf>,
+    batch: Vec<Bio>,
+    /// A transaction's buffers in block order.
+    sorted: Vec<Buffer>,
+}
+
+impl Chunk {
+    fn new() -> Self {
+        Self {
+            memory: Arc::new(AlignedBuf::new(CHUNK_BYTES)),
+            batch: Vec::with_capacity(MAX_BIOS),
+            sorted: Vec::with_capacity(MAX_SORTED),
+        }
+    }
 }
 
 /// The journal's superblock.
@@ -91,7 +118,8 @@ impl Log {
             barrier: config.barrier,
             fs_uuid,
             superblock: Mutex::new(Superblock { bytes, empty: true }),
-            chunk: Mutex::new(Some(AlignedBuf::new(CHUNK_BYTES))),
+            chunk: Mutex::new(Some(Chunk::new())),
+            bios: BioSet::reserve_only(MAX_BIOS, 1),
         };
         Ok((log, sb))
     }
@@ -212,8 +240,8 @@ impl Log {
 
     /// Begins to write a transaction at a block of the ring.
     pub(crate) fn writer(&self, tid: Tid, start: u32) -> LogWriter<'_> {
-        let chunk = self.chunk.lock().take().unwrap_or_else(|| AlignedBuf::new(CHUNK_BYTES));
-        LogWriter { log: self, tid, chunk: Arc::new(chunk), used: 0, start, at: start }
+        let chunk = self.chunk.lock().take().unwrap_or_else(Chunk::new);
+        LogWriter { log: self, tid, chunk, used: 0, start, at: start }
     }
 }
 
@@ -246,7 +274,7 @@ fn set_features(raw: &mut RawJournalSuperblock, old: &JournalSuperblock, config:
 pub(crate) struct LogWriter<'l> {
     log: &'l Log,
     tid: Tid,
-    chunk: Arc<AlignedBuf>,
+    chunk: Chunk,
     /// Blocks of the chunk that are filled.
     used: usize,
     /// Where the chunk's first block goes.
@@ -266,14 +294,14 @@ impl LogWriter<'_> {
         self.used += count;
         let advanced = u32::try_from(count).unwrap_or(0);
         self.at = self.log.advance(self.at, advanced);
-        if Arc::get_mut(&mut self.chunk).is_none() {
+        if Arc::get_mut(&mut self.chunk.memory).is_none() {
             // A device that records kept the memory of a finished bio: leave it that.
             let mut fresh = AlignedBuf::new(CHUNK_BYTES);
-            fresh[..range.start].copy_from_slice(&self.chunk[..range.start]);
-            self.chunk = Arc::new(fresh);
+            fresh[..range.start].copy_from_slice(&self.chunk.memory[..range.start]);
+            self.chunk.memory = Arc::new(fresh);
         }
-        let chunk = Arc::get_mut(&mut self.chunk).expect("just found or made unshared");
-        Ok(&mut chunk[range])
+        let memory = Arc::get_mut(&mut self.chunk.memory).expect("just found or made unshared");
+        Ok(&mut memory[range])
     }
 
     /// Writes revoke blocks.
@@ -293,20 +321,31 @@ impl LogWriter<'_> {
         Ok(())
     }
 
-    /// Writes a descriptor and the blocks it names, at most
-    /// [`Log::tags_per_descriptor`]; `copy` fills each with its contents.
-    pub(crate) fn group(
+    /// Writes descriptors and the blocks of these buffers; `copy` gives each its contents.
+    pub(crate) fn blocks_of<'b>(
         &mut self,
-        blocks: &[u64],
-        mut copy: impl FnMut(usize, &mut [u8]) -> Result<()>,
+        buffers: impl Iterator<Item = &'b Buffer>,
+        copy: impl Fn(&Buffer, &mut [u8]),
     ) -> Result<()> {
+        let mut sorted = std::mem::take(&mut self.chunk.sorted);
+        sorted.extend(buffers.cloned());
+        sorted.sort_unstable_by_key(|buffer| buffer.block());
+        let mut groups = sorted.chunks(self.log.tags_per_descriptor());
+        let written = groups.try_for_each(|group| self.group(group, &copy));
+        sorted.clear();
+        self.chunk.sorted = sorted;
+        written
+    }
+
+    /// Writes one descriptor and the blocks it names.
+    fn group(&mut self, buffers: &[Buffer], copy: &impl Fn(&Buffer, &mut [u8])) -> Result<()> {
         let (format, seed, tid, uuid) =
             (self.log.format, self.log.seed, self.tid, self.log.fs_uuid);
         let size = self.log.block_size as usize;
-        let (head, data) = self.blocks(blocks.len() + 1)?.split_at_mut(size);
+        let (head, data) = self.blocks(buffers.len() + 1)?.split_at_mut(size);
         let mut descriptor = DescriptorWriter::new(head, format, tid, uuid)?;
-        for ((index, &block), bytes) in blocks.iter().enumerate().zip(data.chunks_exact_mut(size)) {
-            copy(index, bytes)?;
+        for (buffer, bytes) in buffers.iter().zip(data.chunks_exact_mut(size)) {
+            copy(buffer, bytes);
             let escaped = uext_ondisk::jbd2::needs_escape(bytes);
             if escaped {
                 uext_ondisk::jbd2::escape(bytes);
@@ -317,7 +356,7 @@ impl LogWriter<'_> {
                 0
             };
             assert!(
-                descriptor.push(block.into(), escaped, checksum),
+                descriptor.push(buffer.block().into(), escaped, checksum),
                 "the group fits its descriptor"
             );
         }
@@ -327,35 +366,38 @@ impl LogWriter<'_> {
 
     /// Writes what the chunk holds and waits.
     fn submit(&mut self) -> Result<()> {
-        let bios = self.bios(self.log.flags(BioFlags::empty()))?;
-        let done = self.log.device.submit_bios_wait(bios);
-        let result = done.iter().map(Bio::status).find(|status| status.is_err()).unwrap_or(Ok(()));
-        let start = self.start;
+        let result = self.write_out(BioFlags::empty());
         self.start = self.at;
         self.used = 0;
-        result.map_err(|status| JournalError::io(IoWhat::WriteLog, start.into(), status))
+        result
     }
 
-    /// One bio for each run of the chunk that is contiguous on the device.
-    fn bios(&self, flags: BioFlags) -> Result<Vec<Bio>> {
+    /// Writes the filled part of the chunk, a bio for each run that is contiguous on the device.
+    fn write_out(&mut self, extra: BioFlags) -> Result<()> {
+        let flags = self.log.flags(extra);
         let lost = || JournalError::io(IoWhat::WriteLog, self.start.into(), BlkStatus::Invalid);
-        let mut bios = Vec::new();
-        let mut at = self.start;
-        let mut done = 0u32;
         let used = u32::try_from(self.used).map_err(|_| lost())?;
+        let size = u64::from(self.log.block_size);
+        let (mut at, mut done, mut result) = (self.start, 0u32, Ok(()));
         while done < used {
             let most = (used - done).min(self.log.end - at);
             let (physical, count) = self.log.map.run(at, most).ok_or_else(lost)?;
-            let size = u64::from(self.log.block_size);
             let offset = physical.checked_mul(size).ok_or_else(lost)?;
-            let mut bio = Bio::new(BioOp::Write, flags, Sector::from_byte_offset(offset));
+            let sector = Sector::from_byte_offset(offset);
+            let mut bio = self.log.bios.alloc(BioOp::Write, flags, sector);
             let piece = (done * self.log.block_size, count * self.log.block_size);
-            bio.add_vec(BioVec::part(self.chunk.clone(), piece.0, piece.1));
-            bios.push(bio);
+            bio.add_vec(BioVec::part(self.chunk.memory.clone(), piece.0, piece.1));
+            self.chunk.batch.push(bio);
             done += count;
             at = self.log.advance(at, count);
+            if self.chunk.batch.len() == MAX_BIOS || done == used {
+                self.log.device.submit_batch_wait(&mut self.chunk.batch);
+                let ended = self.chunk.batch.drain(..).map(|bio| bio.status());
+                result = ended.fold(result, BlkResult::and);
+            }
         }
-        Ok(bios)
+        let start = self.start;
+        result.map_err(|status| JournalError::io(IoWhat::WriteLog, start.into(), status))
     }
 
     /// Writes what is left of the transaction's blocks and waits for all of them.
@@ -369,11 +411,7 @@ impl LogWriter<'_> {
         let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let block = CommitBlock { sequence: tid, time, transaction_crc32: None };
         block.write(self.blocks(1)?, format.has_csum().then_some(seed))?;
-        let bios = self.bios(self.log.flags(BioFlags::PREFLUSH | BioFlags::FUA))?;
-        for bio in bios {
-            let done = self.log.device.submit_bio_wait(bio);
-            done.map_err(|status| JournalError::io(IoWhat::WriteLog, self.start.into(), status))?;
-        }
+        self.write_out(BioFlags::PREFLUSH | BioFlags::FUA)?;
         self.used = 0;
         Ok(())
     }
@@ -381,9 +419,9 @@ impl LogWriter<'_> {
 
 impl Drop for LogWriter<'_> {
     fn drop(&mut self) {
-        let chunk = std::mem::replace(&mut self.chunk, Arc::new(AlignedBuf::new(0)));
-        if let Ok(chunk) = Arc::try_unwrap(chunk) {
-            *self.log.chunk.lock() = Some(chunk);
-        }
+        let memory = self.chunk.memory.clone();
+        let none = Chunk { memory, batch: Vec::new(), sorted: Vec::new() };
+        let chunk = std::mem::replace(&mut self.chunk, none);
+        *self.log.chunk.lock() = Some(chunk);
     }
 }

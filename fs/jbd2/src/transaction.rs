@@ -1,6 +1,7 @@
 //! What one transaction holds, and what the journal knows of all of them.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
 
 use uext_pagecache::Buffer;
 use uext_sync::time::Instant;
@@ -25,6 +26,37 @@ pub enum TxState {
     Finished,
 }
 
+/// Mixes a block number so that both ends of the hash are good.
+#[derive(Default)]
+pub(crate) struct BlockHasher(u64);
+
+impl Hasher for BlockHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte) ^ self.0));
+    }
+    fn write_u64(&mut self, n: u64) {
+        let mixed = n.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = mixed ^ (mixed >> 32);
+    }
+}
+
+/// Something of blocks, by their number. It has room for what a transaction holds from the
+/// start, so that neither a handle nor a commit needs memory for it.
+pub(crate) type BlockMap<T> = HashMap<u64, T, BuildHasherDefault<BlockHasher>>;
+
+/// Most entries for which a map has room from the start.
+const MAX_ROOM: usize = 16_384;
+
+/// A map for `most` entries, or for as many as are kept room for; beyond that it grows.
+pub(crate) fn block_map<T>(most: u32) -> BlockMap<T> {
+    // Twice as many: a map that is half empty cleans up in place.
+    let room = usize::try_from(most).unwrap_or(MAX_ROOM).min(MAX_ROOM) * 2;
+    BlockMap::with_capacity_and_hasher(room, BuildHasherDefault::default())
+}
+
 /// The running transaction.
 pub(crate) struct Transaction {
     pub(crate) tid: Tid,
@@ -34,8 +66,8 @@ pub(crate) struct Transaction {
     pub(crate) handles: u32,
     /// Blocks it holds, and those its handles may still add.
     pub(crate) outstanding: u32,
-    /// Blocks to log, by number.
-    pub(crate) buffers: BTreeMap<u64, Buffer>,
+    /// Blocks to log.
+    pub(crate) buffers: BlockMap<Buffer>,
     /// Blocks it freed: nothing logged before it may be replayed over them.
     pub(crate) revoked: BTreeSet<u64>,
     /// Buffers of blocks it freed, which older transactions may still need if it
@@ -44,14 +76,15 @@ pub(crate) struct Transaction {
 }
 
 impl Transaction {
-    pub(crate) fn new(tid: Tid) -> Self {
+    /// One that holds nothing; `buffers` is empty.
+    pub(crate) fn new(tid: Tid, buffers: BlockMap<Buffer>) -> Self {
         Self {
             tid,
             state: TxState::Running,
             started: Instant::now(),
             handles: 0,
             outstanding: 0,
-            buffers: BTreeMap::new(),
+            buffers,
             revoked: BTreeSet::new(),
             forgotten: BTreeMap::new(),
         }
@@ -69,8 +102,8 @@ pub(crate) struct Checkpoint {
     /// First block of the log it uses, and how many.
     pub(crate) log_start: u32,
     pub(crate) log_blocks: u32,
-    /// Blocks not home, unless a newer transaction took them over.
-    pub(crate) buffers: BTreeMap<u64, Buffer>,
+    /// How many of its blocks are in [`State::home`] still.
+    pub(crate) left: usize,
 }
 
 /// Everything under the journal's list lock.
@@ -89,6 +122,10 @@ pub(crate) struct State {
     pub(crate) free: u32,
     /// Committed transactions, oldest first.
     pub(crate) checkpoints: VecDeque<Checkpoint>,
+    /// Their blocks that are not home, each with the newest of them that holds it.
+    pub(crate) home: BlockMap<(Tid, Buffer)>,
+    /// For the next transaction.
+    pub(crate) spare: BlockMap<Buffer>,
     /// While not 0 no handle starts.
     pub(crate) barriers: u32,
     pub(crate) aborted: Option<JournalError>,
@@ -98,8 +135,12 @@ pub(crate) struct State {
 impl State {
     /// Takes a block out of the list of an older transaction.
     pub(crate) fn leave_checkpoint(&mut self, tid: Tid, block: u64) {
+        if self.home.get(&block).is_none_or(|(of, _)| *of != tid) {
+            return;
+        }
+        self.home.remove(&block);
         if let Some(old) = self.checkpoints.iter_mut().find(|old| old.tid == tid) {
-            old.buffers.remove(&block);
+            old.left -= 1;
         }
     }
 
