@@ -13,7 +13,7 @@
 //! and never held while memory is allocated or anything is waited for. Waiting for
 //! writeback happens on the tags' condition.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 
@@ -81,12 +81,50 @@ pub trait AddressSpaceOps: Send + Sync {
     ) -> Result<u64, WritebackError>;
 }
 
+/// Pages being written at once for which there is room without an allocation.
+const WRITING_ROOM: usize = 2048;
+
+/// How many writes of an index are under way: more than one when a page was truncated
+/// during its write and made again. Room is made when pages become dirty, so that
+/// writeback needs no memory.
+#[derive(Default)]
+struct Writing(VecDeque<(u64, u32)>);
+
+impl Writing {
+    fn place(&self, index: u64) -> Result<usize, usize> {
+        self.0.binary_search_by_key(&index, |(index, _)| *index)
+    }
+
+    /// Makes room for as many as may be begun soon.
+    fn reserve(&mut self, pages: usize) {
+        self.0.reserve(pages.min(WRITING_ROOM).saturating_sub(self.0.len()));
+    }
+
+    fn begin(&mut self, index: u64) {
+        match self.place(index) {
+            Ok(at) => self.0[at].1 += 1,
+            Err(at) => self.0.insert(at, (index, 1)),
+        }
+    }
+
+    fn end(&mut self, index: u64) {
+        let Ok(at) = self.place(index) else { return };
+        self.0[at].1 -= 1;
+        if self.0[at].1 == 0 {
+            self.0.remove(at);
+        }
+    }
+
+    fn any_in(&self, range: &Range<u64>) -> bool {
+        let at = self.place(range.start).unwrap_or_else(|at| at);
+        self.0.get(at).is_some_and(|(index, _)| *index < range.end)
+    }
+}
+
 #[derive(Default)]
 struct Tags {
     dirty: BTreeSet<u64>,
-    /// How many writes of an index are under way: more than one when a page was
-    /// truncated during its write and made again.
-    writeback: BTreeMap<u64, u32>,
+    writeback: Writing,
     /// Whether the cache's list has this address space.
     listed: bool,
     /// Writes that were given up: their pages are dirty again without an error.
@@ -204,18 +242,30 @@ impl AddressSpace {
 
     /// Dirty pages of the range, by rising index, at most `max`.
     pub fn dirty_folios(&self, range: Range<u64>, max: usize) -> Vec<Arc<Folio>> {
+        let mut folios = Vec::new();
+        self.dirty_folios_into(range, max, &mut folios);
+        folios
+    }
+
+    /// [`AddressSpace::dirty_folios`] into an array that is kept.
+    pub fn dirty_folios_into(&self, range: Range<u64>, max: usize, into: &mut Vec<Arc<Folio>>) {
         if range.is_empty() {
-            return Vec::new();
+            return;
         }
-        let dirty: Vec<u64> = self.tags.lock().dirty.range(range).take(max).copied().collect();
+        let tags = self.tags.lock();
         let pages = self.pages.read();
-        dirty.iter().filter_map(|index| pages.get(index).cloned()).collect()
+        let dirty = tags.dirty.range(range).take(max);
+        into.extend(dirty.filter_map(|index| pages.get(index).cloned()));
     }
 
     /// Whether pages are dirty or being written: then the inode must stay.
     pub fn has_dirty(&self) -> bool {
         let tags = self.tags.lock();
-        !tags.dirty.is_empty() || !tags.writeback.is_empty()
+        !tags.dirty.is_empty() || !tags.writeback.0.is_empty()
+    }
+
+    fn has_dirty_in(&self, range: Range<u64>) -> bool {
+        !range.is_empty() && self.tags.lock().dirty.range(range).next().is_some()
     }
 
     /// How many pages are dirty.
@@ -279,7 +329,7 @@ impl AddressSpace {
             return;
         }
         let mut tags = self.tags.lock();
-        while tags.writeback.range(range.clone()).next().is_some() {
+        while tags.writeback.any_in(&range) {
             self.written.wait(&mut tags);
         }
     }
@@ -294,7 +344,7 @@ impl AddressSpace {
         let before = self.errseq.count();
         for _ in 0..GIVEN_UP_TRIES {
             let given_up = self.tags.lock().given_up;
-            if !self.dirty_folios(range.clone(), 1).is_empty() {
+            if self.has_dirty_in(range.clone()) {
                 let wbc = WritebackControl {
                     range: range.clone(),
                     nr_to_write: u64::MAX,
@@ -384,6 +434,8 @@ impl AddressSpace {
             return;
         }
         tags.dirty.insert(folio.index());
+        let dirty = tags.dirty.len();
+        tags.writeback.reserve(dirty);
         self.cache.counters().dirty.fetch_add(1, Ordering::Relaxed);
         if !tags.listed {
             tags.listed = true;
@@ -409,7 +461,7 @@ impl AddressSpace {
         }
         folio.set(WRITEBACK);
         tags.dirty.remove(&folio.index());
-        *tags.writeback.entry(folio.index()).or_default() += 1;
+        tags.writeback.begin(folio.index());
         self.count_clean(folio);
         self.cache.counters().writeback.fetch_add(1, Ordering::Relaxed);
         dirty
@@ -442,12 +494,7 @@ impl AddressSpace {
         }
         folio.clear(WRITEBACK);
         counters.writeback.fetch_sub(1, Ordering::Relaxed);
-        if let Some(count) = tags.writeback.get_mut(&folio.index()) {
-            *count -= 1;
-            if *count == 0 {
-                tags.writeback.remove(&folio.index());
-            }
-        }
+        tags.writeback.end(folio.index());
         let unlisted = self.unlist_if_clean(&mut tags);
         self.written.notify_all();
         drop(tags);
@@ -476,10 +523,11 @@ impl AddressSpace {
     /// Leaves the list of dirty address spaces when nothing keeps it there. The result is
     /// to be dropped after the tags.
     fn unlist_if_clean(&self, tags: &mut Tags) -> Option<Arc<AddressSpace>> {
-        if !tags.listed || !tags.dirty.is_empty() || !tags.writeback.is_empty() {
+        if !tags.listed || !tags.dirty.is_empty() || !tags.writeback.0.is_empty() {
             return None;
         }
         tags.listed = false;
+        tags.writeback.0 = VecDeque::new();
         self.cache.dirty.remove(self.seq)
     }
 }

@@ -5,9 +5,10 @@
 //! spaces are written oldest first, each in one go of many pages, so that delayed
 //! allocation sees long runs.
 //!
-//! What the write path of this crate takes memory for: nothing per page (a page is
-//! written from its own frame; the guard moves into the bio's `end_io`), bounce buffers
-//! from a fixed pool for metadata, and small vectors of indexes, bounded by the request.
+//! What the write path of this crate takes memory for: nothing for data (a page is
+//! written from its own frame, and what keeps count of it got its room when the page became
+//! dirty); for metadata bounce buffers from a fixed pool, and small vectors of indexes,
+//! bounded by the request.
 //! Frames for metadata that block allocation reads are never waited for by the flusher:
 //! it runs in a [`NoWaitScope`].
 //!
@@ -46,38 +47,59 @@ struct DirtyMapping {
 
 /// Address spaces with dirty pages or pages being written, by their `seq`.
 #[derive(Default)]
-pub(crate) struct DirtyMappings(Mutex<BTreeMap<u64, DirtyMapping>>);
+pub(crate) struct DirtyMappings {
+    by_seq: Mutex<BTreeMap<u64, DirtyMapping>>,
+    /// What the flusher goes over them with; as long as there are entries it has room for all.
+    pass: Mutex<Vec<(Instant, Arc<AddressSpace>)>>,
+}
 
 impl DirtyMappings {
     pub(crate) fn insert(&self, mapping: Arc<AddressSpace>) {
         let entry =
             DirtyMapping { since: Instant::now(), retry_at: None, mapping: mapping.clone() };
-        self.0.lock().insert(mapping.seq(), entry);
+        let mut all = self.by_seq.lock();
+        all.insert(mapping.seq(), entry);
+        let count = all.len();
+        drop(all);
+        let mut pass = self.pass.lock();
+        let room = count.saturating_sub(pass.len());
+        pass.reserve(room);
     }
 
     pub(crate) fn remove(&self, seq: u64) -> Option<Arc<AddressSpace>> {
-        self.0.lock().remove(&seq).map(|entry| entry.mapping)
+        self.by_seq.lock().remove(&seq).map(|entry| entry.mapping)
     }
 
-    /// Address spaces dirty since before `limit` and not waiting for a retry, oldest first.
-    fn due(&self, limit: Instant, now: Instant) -> Vec<Arc<AddressSpace>> {
-        let all = self.0.lock();
-        let mut due: Vec<(Instant, Arc<AddressSpace>)> = all
-            .values()
-            .filter(|d| d.since <= limit && d.retry_at.is_none_or(|at| at <= now))
-            .map(|d| (d.since, d.mapping.clone()))
-            .collect();
+    /// Address spaces dirty since before `limit` and not waiting for a retry, oldest first. The
+    /// array goes back with [`DirtyMappings::end_pass`].
+    fn due(&self, limit: Instant, now: Instant) -> Vec<(Instant, Arc<AddressSpace>)> {
+        let mut due = std::mem::take(&mut *self.pass.lock());
+        let all = self.by_seq.lock();
+        due.extend(
+            all.values()
+                .filter(|d| d.since <= limit && d.retry_at.is_none_or(|at| at <= now))
+                .map(|d| (d.since, d.mapping.clone())),
+        );
         drop(all);
-        due.sort_by_key(|(since, _)| *since);
-        due.into_iter().map(|(_, mapping)| mapping).collect()
+        due.sort_unstable_by_key(|(since, mapping)| (*since, mapping.seq()));
+        due
+    }
+
+    fn end_pass(&self, mut due: Vec<(Instant, Arc<AddressSpace>)>) {
+        // Dropping an address space may take locks.
+        due.clear();
+        let mut pass = self.pass.lock();
+        if due.capacity() > pass.capacity() {
+            *pass = due;
+        }
     }
 
     fn all(&self) -> Vec<Arc<AddressSpace>> {
-        self.0.lock().values().map(|d| d.mapping.clone()).collect()
+        self.by_seq.lock().values().map(|d| d.mapping.clone()).collect()
     }
 
     fn update(&self, seq: u64, since: Option<Instant>, retry_at: Option<Instant>) {
-        if let Some(entry) = self.0.lock().get_mut(&seq) {
+        if let Some(entry) = self.by_seq.lock().get_mut(&seq) {
             entry.since = since.unwrap_or(entry.since);
             entry.retry_at = retry_at;
         }
@@ -271,14 +293,16 @@ impl PageCache {
             _ => Some(now),
         };
         let Some(limit) = limit else { return };
-        for mapping in self.dirty.due(limit, now) {
+        let due = self.dirty.due(limit, now);
+        for (_, mapping) in &due {
             if reason == WritebackReason::Background
                 && self.dirty_total() <= self.background_pages() / 2
             {
                 break;
             }
-            self.write_mapping(&mapping, reason);
+            self.write_mapping(mapping, reason);
         }
+        self.dirty.end_pass(due);
         let held = self.counters().dirty_buffer_bytes.load(Ordering::Relaxed);
         let many = held > self.background_pages() * crate::PAGE_SIZE;
         if many || reason != WritebackReason::Background {
