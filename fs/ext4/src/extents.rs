@@ -11,6 +11,7 @@
 //!
 //! Locks: `Inode::map`, shared to look, exclusive to change.
 
+use smallvec::SmallVec;
 use uext_ondisk::extent::{
     Extent, ExtentIndex, ExtentNode, MAX_DEPTH, MAX_UNWRITTEN_LEN, MAX_WRITTEN_LEN, capacity,
 };
@@ -18,7 +19,7 @@ use uext_ondisk::{Corrupt, FsBlock, LogicalBlock};
 
 use crate::error::Result;
 use crate::map_blocks::Mapping;
-use crate::map_io::{MapIo, ROOT_SIZE};
+use crate::map_io::{MapIo, NodeBytes, ROOT_SIZE};
 
 /// The first block of a file that no extent may reach (`EXT_MAX_BLOCKS`).
 pub(crate) const MAX_BLOCKS: u32 = u32::MAX;
@@ -28,7 +29,7 @@ pub(crate) struct Level {
     /// Where it lies; `None` for the root.
     pub block: Option<FsBlock>,
     /// Its contents.
-    pub node: ExtentNode<Vec<u8>>,
+    pub node: ExtentNode<NodeBytes>,
     /// In an index node the entry the way goes by; in a leaf how many extents start at or
     /// before the block that was looked for.
     pub at: usize,
@@ -37,7 +38,7 @@ pub(crate) struct Level {
 /// The way from the root to the leaf that maps, or would map, a block of the file.
 pub(crate) struct Path {
     /// Root first; never empty.
-    pub levels: Vec<Level>,
+    pub levels: SmallVec<[Level; 3]>,
     /// The first block of the file after what the leaf may map.
     pub limit: u32,
 }
@@ -46,9 +47,9 @@ impl Path {
     /// Reads the way to `logical`, every node checked.
     pub fn find(io: &impl MapIo, logical: u32) -> Result<Self> {
         let mut limits = io.limits();
-        let mut bytes = io.root().to_vec();
+        let mut bytes = NodeBytes::from_slice(&io.root());
         let mut block = None;
-        let mut levels = Vec::with_capacity(2);
+        let mut levels = SmallVec::new();
         loop {
             let node = ExtentNode::new(bytes).map_err(|c| io.place(c, block))?;
             node.check(&limits).map_err(|c| io.place(c, block))?;
@@ -82,7 +83,7 @@ impl Path {
     /// Writes the node of a level.
     pub fn store(&mut self, io: &impl MapIo, level: usize) -> Result<()> {
         let Level { block, node, .. } = &self.levels[level];
-        let mut bytes = node.bytes().to_vec();
+        let mut bytes = NodeBytes::from_slice(node.bytes());
         match block {
             Some(block) => io.write_node(*block, &mut bytes),
             None => {
@@ -206,7 +207,7 @@ fn store_merged(io: &impl MapIo, mut path: Path) -> Result<()> {
     let Some(Level { block: Some(block), node, .. }) = path.levels.pop() else {
         return Err(io.place(Corrupt::value("extent tree", "a leaf without a place"), None));
     };
-    let mut root = ExtentNode::init(vec![0; ROOT_SIZE], 0);
+    let mut root = ExtentNode::init(NodeBytes::from_elem(0, ROOT_SIZE), 0);
     expect_room(io, root.append(&node, 0))?;
     path.levels[0].node = root;
     path.store(io, 0)?;
@@ -269,9 +270,10 @@ fn split(io: &impl MapIo, mut path: Path, level: usize) -> Result<()> {
         return Err(io.place(Corrupt::value("extent node", "has no room to split"), *block));
     };
     let child = io.alloc_node(block.unwrap_or_default() + 1)?;
-    let mut right = ExtentNode::init(vec![0; io.block_size() as usize], node.depth());
+    let mut right =
+        ExtentNode::init(NodeBytes::from_elem(0, io.block_size() as usize), node.depth());
     expect_room(io, node.move_tail(from, &mut right))?;
-    io.create_node(child, &mut right.bytes().to_vec())?;
+    io.create_node(child, &mut NodeBytes::from_slice(right.bytes()))?;
     path.store(io, level)?;
     let Level { node, at, .. } = &mut path.levels[level - 1];
     let at = *at + 1;
@@ -291,10 +293,10 @@ fn grow(io: &impl MapIo, mut path: Path) -> Result<()> {
         (None, index) => index.map_or(FsBlock(0), |index| index.child),
     };
     let child = io.alloc_node(near)?;
-    let mut node = ExtentNode::init(vec![0; io.block_size() as usize], depth);
+    let mut node = ExtentNode::init(NodeBytes::from_elem(0, io.block_size() as usize), depth);
     expect_room(io, node.append(root, 0))?;
-    io.create_node(child, &mut node.bytes().to_vec())?;
-    let mut root = ExtentNode::init(vec![0; ROOT_SIZE], depth + 1);
+    io.create_node(child, &mut NodeBytes::from_slice(node.bytes()))?;
+    let mut root = ExtentNode::init(NodeBytes::from_elem(0, ROOT_SIZE), depth + 1);
     expect_room(io, root.insert_index(0, ExtentIndex { logical: key, child }))?;
     path.levels[0].node = root;
     path.store(io, 0)

@@ -8,7 +8,7 @@ use uext_ondisk::{Corrupt, FsBlock, LogicalBlock};
 
 use crate::error::Result;
 use crate::extents::{Level, Path, make_room};
-use crate::map_io::{Budget, MapIo, ROOT_SIZE};
+use crate::map_io::{Budget, MapIo, NodeBytes, ROOT_SIZE};
 
 /// Unmaps the end of `from..end` and frees its blocks, as much as one leaf holds and the budget
 /// allows. Returns where the rest ends, `None` when nothing is left.
@@ -63,14 +63,14 @@ pub(crate) fn remove_step(
     Ok(left.or(more_below.then_some(first)))
 }
 
-fn last_logical(node: &ExtentNode<Vec<u8>>, at: usize) -> u32 {
+fn last_logical(node: &ExtentNode<NodeBytes>, at: usize) -> u32 {
     node.logical(at).map_or(0, |logical| logical.0)
 }
 
 /// Replaces the extents of a leaf.
 fn rewrite(
     io: &impl MapIo,
-    node: &mut ExtentNode<Vec<u8>>,
+    node: &mut ExtentNode<NodeBytes>,
     extents: impl Iterator<Item = Extent>,
 ) -> Result<()> {
     node.remove(0..node.len());
@@ -133,7 +133,7 @@ fn finish_leaf(io: &impl MapIo, mut path: Path) -> Result<()> {
         node.remove(*at..*at + 1);
     }
     if level == 0 && path.levels[0].node.is_empty() {
-        path.levels[0].node = ExtentNode::init(vec![0; ROOT_SIZE], 0);
+        path.levels[0].node = ExtentNode::init(NodeBytes::from_elem(0, ROOT_SIZE), 0);
     }
     path.store(io, level)?;
     // When the first entry went, the entries above name the next one.

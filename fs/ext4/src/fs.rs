@@ -19,6 +19,7 @@ use uext_vfs::{Errno, Timestamp};
 
 use crate::alloc_fault::AllocationFault;
 use crate::balloc::Space;
+use crate::batch::Batches;
 use crate::error::{Error, Result};
 use crate::groups::Groups;
 use crate::inode::{Inode, InodeCache};
@@ -50,6 +51,7 @@ pub struct Ext4 {
     pub(crate) overhead: u64,
     pub(crate) space: Mutex<Space>,
     pub(crate) allocations: AllocationFault,
+    pub(crate) batches: Batches,
     pub(crate) inodes: InodeCache,
     pub(crate) orphans: Mutex<OrphanList>,
     /// Listing positions that a number alone cannot say.

@@ -8,6 +8,7 @@
 //!
 //! Locks: `Inode::map`, shared to look, exclusive to change.
 
+use smallvec::SmallVec;
 use uext_ondisk::indirect::{
     BlockPath, DIRECT_BLOCKS, Pointers, block_path, indirect_spans, pointers_per_block,
 };
@@ -16,7 +17,7 @@ use uext_vfs::Errno;
 
 use crate::error::{Error, Result};
 use crate::map_blocks::Mapping;
-use crate::map_io::{Budget, MapIo, ROOT_SIZE};
+use crate::map_io::{Budget, MapIo, NodeBytes, ROOT_SIZE};
 
 fn pointers<B: AsRef<[u8]>>(io: &impl MapIo, bytes: B) -> Result<Pointers<B>> {
     Pointers::new(bytes).map_err(|c| io.place(c, None))
@@ -48,7 +49,7 @@ pub(crate) fn lookup(io: &impl MapIo, logical: u32, max: u32) -> Result<Mapping>
     let Some(path) = block_path(LogicalBlock(logical), io.block_size()) else {
         return Ok(Mapping::hole(max));
     };
-    let mut bytes = io.root().to_vec();
+    let mut bytes = NodeBytes::from_slice(&io.root());
     for (step, &offset) in path.offsets().iter().enumerate() {
         let node = pointers(io, &bytes[..])?;
         let at = offset as usize;
@@ -82,7 +83,7 @@ pub(crate) fn goal(io: &impl MapIo, logical: u32) -> Result<Option<FsBlock>> {
         return Ok(Some(start + 1));
     }
     let Some(path) = block_path(LogicalBlock(logical), io.block_size()) else { return Ok(None) };
-    let mut bytes = io.root().to_vec();
+    let mut bytes = NodeBytes::from_slice(&io.root());
     let mut goal = None;
     for &offset in path.offsets() {
         let node = pointers(io, &bytes[..])?;
@@ -106,7 +107,7 @@ pub(crate) fn insert(io: &impl MapIo, logical: u32, start: FsBlock, len: u32) ->
         return Err(Error::Errno(Errno::EFBIG));
     }
     // First the way to every part of the run, then its pointers.
-    let mut parts = Vec::new();
+    let mut parts: SmallVec<[(BlockPath, u32, u32); 4]> = SmallVec::new();
     let mut at = logical;
     while at < end {
         let path = path_to(io, at)?;
@@ -128,7 +129,7 @@ pub(crate) fn insert(io: &impl MapIo, logical: u32, start: FsBlock, len: u32) ->
 fn make_way(io: &impl MapIo, path: &BlockPath, near: FsBlock) -> Result<FsBlock> {
     let mut near = near;
     let mut parent: Option<FsBlock> = None;
-    let mut bytes = io.root().to_vec();
+    let mut bytes = NodeBytes::from_slice(&io.root());
     for &offset in &path.offsets()[..path.depth()] {
         let at = offset as usize;
         let found = pointers(io, &bytes[..])?.get(at);
@@ -140,7 +141,7 @@ fn make_way(io: &impl MapIo, path: &BlockPath, near: FsBlock) -> Result<FsBlock>
                     io.free_node(block)?;
                     return Err(Error::Errno(Errno::ENOSPC));
                 }
-                io.create_node(block, &mut vec![0; io.block_size() as usize])?;
+                io.create_node(block, &mut NodeBytes::from_elem(0, io.block_size() as usize))?;
                 pointers(io, &mut bytes[..])?.set(at, Some(block));
                 store(io, parent, &mut bytes)?;
                 near = block + 1;
@@ -185,8 +186,8 @@ fn store(io: &impl MapIo, block: Option<FsBlock>, bytes: &mut [u8]) -> Result<()
 /// The node that holds a path's last pointer and where it lies, `None` when the way is not
 /// there.
 #[allow(clippy::type_complexity, reason = "a node and its place")]
-fn last_node(io: &impl MapIo, path: &BlockPath) -> Result<Option<(Vec<u8>, Option<FsBlock>)>> {
-    let mut bytes = io.root().to_vec();
+fn last_node(io: &impl MapIo, path: &BlockPath) -> Result<Option<(NodeBytes, Option<FsBlock>)>> {
+    let mut bytes = NodeBytes::from_slice(&io.root());
     let mut block = None;
     for &offset in &path.offsets()[..path.depth()] {
         let Some(child) = pointers(io, &bytes[..])?.get(offset as usize) else { return Ok(None) };
@@ -213,7 +214,8 @@ pub(crate) fn remove_step(
         let reach = u32::try_from(reach.0.saturating_add(reach.1)).unwrap_or(u32::MAX);
         return Ok((reach > from && reach < end).then_some(reach));
     };
-    let mut levels: Vec<(Option<FsBlock>, Vec<u8>)> = vec![(None, io.root().to_vec())];
+    let mut levels: Vec<(Option<FsBlock>, NodeBytes)> =
+        vec![(None, NodeBytes::from_slice(&io.root()))];
     for (step, &offset) in path.offsets()[..path.depth()].iter().enumerate() {
         let (_, bytes) = &levels[step];
         let node = pointers(io, &bytes[..])?;
@@ -249,7 +251,7 @@ pub(crate) fn remove_step(
 #[allow(clippy::type_complexity, reason = "a count and runs")]
 fn clear_run(
     io: &impl MapIo,
-    levels: &mut [(Option<FsBlock>, Vec<u8>)],
+    levels: &mut [(Option<FsBlock>, NodeBytes)],
     last: usize,
     count: u32,
     budget: &mut Budget,
@@ -277,7 +279,7 @@ fn clear_run(
 fn store_cleared(
     io: &impl MapIo,
     path: &BlockPath,
-    mut levels: Vec<(Option<FsBlock>, Vec<u8>)>,
+    mut levels: Vec<(Option<FsBlock>, NodeBytes)>,
 ) -> Result<()> {
     let mut emptied = Vec::new();
     while let Some((block, mut bytes)) = levels.pop() {

@@ -32,6 +32,7 @@ use uext_ondisk::superblock::{DefaultMountOpts, Superblock};
 use uext_pagecache::PAGE_SIZE;
 use uext_vfs::FileKind;
 
+use crate::batch::Page;
 use crate::credits;
 use crate::error::{Error, Result};
 use crate::file::PAGE;
@@ -40,7 +41,7 @@ use crate::gate::MountError;
 use crate::indirect;
 use crate::inode::Inode;
 use crate::options::{DataMode, MountOptions};
-use crate::writeback::{Page, Place, Segment};
+use crate::writeback::{Place, Segment};
 
 /// Most blocks of data under one handle: larger ones keep others waiting at a commit.
 const MAX_BLOCKS_PER_HANDLE: u32 = 1024;

@@ -39,6 +39,7 @@ pub mod options;
 mod acl;
 mod alloc_fault;
 mod balloc;
+mod batch;
 mod credits;
 mod delayed;
 mod dir;

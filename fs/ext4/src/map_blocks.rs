@@ -5,8 +5,6 @@
 //!
 //! Locks: `Inode::map`, then the run cache, a leaf.
 
-use std::collections::BTreeMap;
-
 use uext_jbd2::Handle;
 use uext_ondisk::extent::{Extent, MAX_UNWRITTEN_LEN, MAX_WRITTEN_LEN};
 use uext_ondisk::features::RoCompat;
@@ -24,7 +22,7 @@ use crate::map_io::{Budget, FsMapIo};
 use crate::{extents, extents_remove, indirect};
 
 /// Runs of one file that are remembered.
-const MAX_RUNS: usize = 256;
+const MAX_RUNS: usize = 64;
 /// How far a block map is looked at in one go.
 const BLOCK_MAP_RUN: u32 = 1024;
 /// Most bytes of a revoke block that hold no records.
@@ -63,14 +61,16 @@ impl Mapping {
     }
 }
 
-/// Runs that were looked up lately, by their first block.
+/// Runs that were looked up lately, by their first block: an array that never grows, so that
+/// writeback, which comes after a lookup by whoever wrote, needs no memory for it.
 #[derive(Default)]
-pub(crate) struct RunCache(Mutex<BTreeMap<u32, Mapping>>);
+pub(crate) struct RunCache(Mutex<Vec<(u32, Mapping)>>);
 
 impl RunCache {
     fn get(&self, logical: u32, max: u32) -> Option<Mapping> {
         let runs = self.0.lock();
-        let (&first, run) = runs.range(..=logical).next_back()?;
+        let at = runs.partition_point(|(first, _)| *first <= logical).checked_sub(1)?;
+        let (first, run) = runs[at];
         let skip = logical - first;
         (skip < run.len).then(|| run.part(skip, max))
     }
@@ -78,10 +78,14 @@ impl RunCache {
     fn put(&self, logical: u32, run: Mapping) {
         let mut runs = self.0.lock();
         remove_overlapping(&mut runs, logical, logical.saturating_add(run.len));
+        if runs.capacity() == 0 {
+            runs.reserve_exact(MAX_RUNS);
+        }
         if runs.len() >= MAX_RUNS {
             runs.clear();
         }
-        runs.insert(logical, run);
+        let at = runs.partition_point(|(first, _)| *first < logical);
+        runs.insert(at, (logical, run));
     }
 
     fn forget(&self, from: u32, end: u32) {
@@ -89,14 +93,11 @@ impl RunCache {
     }
 }
 
-fn remove_overlapping(runs: &mut BTreeMap<u32, Mapping>, from: u32, end: u32) {
-    if let Some((&first, run)) = runs.range(..from).next_back()
-        && first.saturating_add(run.len) > from
-    {
-        runs.remove(&first);
-    }
-    while let Some((&first, _)) = runs.range(from..end).next() {
-        runs.remove(&first);
+fn remove_overlapping(runs: &mut Vec<(u32, Mapping)>, from: u32, end: u32) {
+    let low = runs.partition_point(|(first, run)| first.saturating_add(run.len) <= from);
+    let high = runs.partition_point(|(first, _)| *first < end);
+    if low < high {
+        runs.drain(low..high);
     }
 }
 

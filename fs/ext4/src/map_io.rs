@@ -8,6 +8,7 @@
 
 use std::cell::RefCell;
 
+use smallvec::SmallVec;
 use uext_jbd2::Handle;
 use uext_ondisk::extent::{ExtentNode, NodeLimits};
 use uext_ondisk::{Corrupt, FsBlock};
@@ -20,6 +21,9 @@ use crate::inode::Inode;
 /// Bytes of `i_block`.
 pub(crate) const ROOT_SIZE: usize = uext_ondisk::inode::I_BLOCK_SIZE;
 
+/// A copy of a mapping block, without an allocation for blocks of 4 KiB and less.
+pub(crate) type NodeBytes = SmallVec<[u8; 4096]>;
+
 /// Blocks of a file's mapping, and the allocator.
 pub(crate) trait MapIo {
     /// Bytes per block.
@@ -31,7 +35,7 @@ pub(crate) trait MapIo {
     /// Changes `i_block`; the caller's caller marks the inode dirty.
     fn set_root(&self, root: &[u8; ROOT_SIZE]);
     /// A mapping block, its checksum verified.
-    fn read_node(&self, block: FsBlock) -> Result<Vec<u8>>;
+    fn read_node(&self, block: FsBlock) -> Result<NodeBytes>;
     /// Replaces a mapping block; the checksum is made here.
     fn write_node(&self, block: FsBlock, bytes: &mut [u8]) -> Result<()>;
     /// Gives a newly allocated mapping block its contents.
@@ -190,7 +194,7 @@ impl MapIo for FsMapIo<'_> {
         self.inode.core.lock().i_block = *root;
     }
 
-    fn read_node(&self, block: FsBlock) -> Result<Vec<u8>> {
+    fn read_node(&self, block: FsBlock) -> Result<NodeBytes> {
         self.check_run(block, 1)?;
         let buf = self.fs.buffers.bread(block.0)?;
         let bytes = buf.read();
@@ -200,7 +204,7 @@ impl MapIo for FsMapIo<'_> {
                 .map_err(|c| self.place(c, Some(block)))?;
             buf.set_verified();
         }
-        Ok(bytes.to_vec())
+        Ok(NodeBytes::from_slice(&bytes))
     }
 
     fn write_node(&self, block: FsBlock, bytes: &mut [u8]) -> Result<()> {
@@ -318,9 +322,10 @@ pub(crate) mod tests {
         fn set_root(&self, root: &[u8; ROOT_SIZE]) {
             self.root.set(*root);
         }
-        fn read_node(&self, block: FsBlock) -> Result<Vec<u8>> {
+        fn read_node(&self, block: FsBlock) -> Result<NodeBytes> {
             let nodes = self.nodes.borrow();
-            nodes.get(&block.0).cloned().ok_or(Error::Errno(Errno::EIO))
+            let node = nodes.get(&block.0).ok_or(Error::Errno(Errno::EIO))?;
+            Ok(NodeBytes::from_slice(node))
         }
         fn write_node(&self, block: FsBlock, bytes: &mut [u8]) -> Result<()> {
             let old = self.nodes.borrow_mut().insert(block.0, bytes.to_vec());

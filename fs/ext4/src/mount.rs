@@ -125,6 +125,7 @@ impl Ext4 {
         let data_mode = journal_data::data_mode(&options, &sb);
         let super_buf = buffers.bread(sb.super_block().0)?;
         let space = Self::initial_space(&groups);
+        let batches = crate::batch::Batch::pool(sb.block_size());
         let fs = Arc::new_cyclic(|this| Self {
             this: this.clone(),
             name: name.to_owned(),
@@ -141,6 +142,7 @@ impl Ext4 {
             overhead,
             space,
             allocations: crate::alloc_fault::AllocationFault::default(),
+            batches,
             inodes: InodeCache::new(),
             orphans: Mutex::new(OrphanList::default()),
             ties: Ties::default(),

@@ -22,16 +22,15 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use uext_blockdev::{Bio, BioFlags, BioOp};
+use uext_blockdev::{Bio, BioFlags, BioOp, BioSet, BlkStatus};
 use uext_jbd2::Handle;
 use uext_ondisk::extent::MAX_WRITTEN_LEN;
 use uext_ondisk::{FsBlock, LogicalBlock};
-use uext_pagecache::{
-    AddressSpace, AddressSpaceOps, PAGE_SIZE, WritebackControl, WritebackError, WritebackGuard,
-};
+use uext_pagecache::{AddressSpace, AddressSpaceOps, PAGE_SIZE, WritebackControl, WritebackError};
 use uext_vfs::Errno;
 
 use crate::balloc::Claim;
+use crate::batch::{BATCH_BIOS, BATCH_PAGES, BIO_PAGES, Batch, Page};
 use crate::credits;
 use crate::error::{Error, Result};
 use crate::file::PAGE;
@@ -41,19 +40,11 @@ use crate::inode::Inode;
 use crate::map_blocks::{map_run, map_written};
 use crate::map_io::FsMapIo;
 
-/// Pages written together: enough for long extents and a busy disk.
-const BATCH_PAGES: usize = 2048;
 /// Most segments that one handle maps.
-const SEGMENTS_PER_HANDLE: usize = 4;
-
-/// A locked page and how its write went.
-pub(crate) struct Page {
-    pub guard: WritebackGuard,
-    error: Option<WritebackError>,
-}
+pub(crate) const SEGMENTS_PER_HANDLE: usize = 4;
 
 /// Dirty blocks that lie together in the file.
-struct Run {
+pub(crate) struct Run {
     logical: u32,
     len: u32,
 }
@@ -146,56 +137,62 @@ impl Ext4 {
     ) -> Result<u64> {
         self.stopped()?;
         let _writeback = inode.writeback.lock();
+        let mut batch = self.batches.take();
         let (mut next, mut written, mut first_error) = (range.start, 0, None);
         while written < most {
+            batch.clear();
             let count = usize::try_from(most - written).unwrap_or(BATCH_PAGES).min(BATCH_PAGES);
-            let folios = mapping.dirty_folios(next..range.end, count);
-            let Some(last) = folios.last() else { break };
+            mapping.dirty_folios_into(next..range.end, count, &mut batch.folios);
+            let Some(last) = batch.folios.last() else { break };
             // Going on behind the last one ends the loop although failed pages are dirty again.
             next = last.index() + 1;
-            let pages: Vec<Page> = folios
-                .iter()
-                .map(|folio| Page { guard: folio.begin_writeback(), error: None })
-                .filter(|page| page.guard.dirty() != 0)
-                .collect();
-            drop(folios);
+            let Batch { folios, pages, .. } = &mut **batch;
+            pages.extend(
+                folios
+                    .drain(..)
+                    .map(|folio| Page { guard: folio.begin_writeback(), error: None })
+                    .filter(|page| page.guard.dirty() != 0),
+            );
             if pages.is_empty() {
                 continue;
             }
             written += pages.len() as u64;
-            if let Err(error) = self.write_batch(inode, pages) {
+            if let Err(error) = self.write_batch(inode, &mut batch) {
                 first_error.get_or_insert(error);
             }
         }
+        batch.clear();
         first_error.map_or(Ok(written), Err)
     }
 
-    fn write_batch(&self, inode: &Inode, mut pages: Vec<Page>) -> Result<()> {
+    fn write_batch(&self, inode: &Inode, batch: &mut Batch) -> Result<()> {
         // Read while the pages are locked: what they hold is no shorter than this.
         let size = inode.size();
         let mut first_error = None;
-        let mut segments = Vec::new();
-        for run in self.dirty_runs(&pages, size) {
-            if let Err(error) = self.plan_run(inode, &run, &mut segments) {
+        self.dirty_runs(batch, size);
+        let Batch { pages, runs, segments, .. } = &mut *batch;
+        for run in runs.iter() {
+            if let Err(error) = self.plan_run(inode, run, segments) {
                 // What was planned of the run goes on; the rest has no segment.
                 let planned = segments.last().filter(|s: &&Segment| s.logical >= run.logical);
                 let done = planned.map_or(run.logical, |s| s.logical + s.len);
-                self.fail(&mut pages, done, run.logical + run.len, &error);
+                self.fail(pages, done, run.logical + run.len, &error);
                 first_error.get_or_insert(error);
             }
         }
         if self.journals_data(inode) {
-            self.journal_segments(inode, &mut pages, segments, size, &mut first_error);
+            let segments = batch.segments.drain(..).collect();
+            self.journal_segments(inode, &mut batch.pages, segments, size, &mut first_error);
         } else {
-            self.write_segments(inode, &mut pages, &mut segments, &mut first_error);
-            self.map_segments(inode, &mut pages, segments, &mut first_error);
+            self.write_segments(inode, batch, &mut first_error);
+            self.map_segments(inode, batch, &mut first_error);
         }
-        if let Err(error) = self.follow_size(inode, &pages, size) {
-            let last = pages.len() - 1;
-            pages[last].error.get_or_insert(as_writeback_error(&error));
+        if let Err(error) = self.follow_size(inode, &batch.pages, size) {
+            let last = batch.pages.len() - 1;
+            batch.pages[last].error.get_or_insert(as_writeback_error(&error));
             first_error.get_or_insert(error);
         }
-        for page in pages {
+        for page in batch.pages.drain(..) {
             let folio = page.guard.folio().clone();
             let failed = page.error.is_some();
             page.guard.complete(page.error.map_or(Ok(()), Err));
@@ -208,11 +205,11 @@ impl Ext4 {
         first_error.map_or(Ok(()), Err)
     }
 
-    /// The dirty blocks of pages as runs of the file, without what is behind its end.
-    fn dirty_runs(&self, pages: &[Page], size: u64) -> Vec<Run> {
+    /// The dirty blocks of the pages as runs of the file, without what is behind its end.
+    fn dirty_runs(&self, batch: &mut Batch, size: u64) {
         let end = self.block_behind(size);
         let block_size = self.block_size() as usize;
-        let mut runs: Vec<Run> = Vec::new();
+        let Batch { pages, runs, .. } = batch;
         for page in pages {
             let first = self.block_at(page.guard.folio().index() * PAGE);
             for at in 0..(PAGE_SIZE / block_size) as u32 {
@@ -226,7 +223,6 @@ impl Ext4 {
                 }
             }
         }
-        runs
     }
 
     /// Finds or claims a place for every block of a run.
@@ -290,29 +286,25 @@ impl Ext4 {
     }
 
     /// Writes the data of all segments; those that fail are taken out.
-    fn write_segments(
-        &self,
-        inode: &Inode,
-        pages: &mut [Page],
-        segments: &mut Vec<Segment>,
-        first_error: &mut Option<Error>,
-    ) {
-        let bios: Vec<Bio> = segments
-            .iter()
-            .enumerate()
-            .map(|(index, segment)| self.data_bio(pages, segment, index as u64))
-            .collect();
-        if bios.is_empty() {
-            return;
+    fn write_segments(&self, inode: &Inode, batch: &mut Batch, first_error: &mut Option<Error>) {
+        let Batch { pages, segments, failed, bios, set, .. } = batch;
+        failed.resize(segments.len(), None);
+        for (index, segment) in segments.iter().enumerate() {
+            let mut skip = 0;
+            while skip < segment.len {
+                let (mut bio, len) = self.data_bio(set, pages, segment, skip);
+                bio.set_private(index as u64);
+                bios.push(bio);
+                skip += len;
+                if bios.len() == BATCH_BIOS {
+                    self.submit_data(bios, failed);
+                }
+            }
         }
-        let mut failed = vec![None; segments.len()];
-        for bio in self.buffers.device().submit_bios_wait(bios) {
-            // The number was given to the bio above.
-            failed[bio.private() as usize] = bio.status().err();
-        }
-        let mut statuses = failed.into_iter();
-        let kept = std::mem::take(segments).into_iter().filter_map(|segment| {
-            let Some(status) = statuses.next().flatten() else { return Some(segment) };
+        self.submit_data(bios, failed);
+        let mut statuses = failed.drain(..);
+        segments.retain(|segment| {
+            let Some(status) = statuses.next().flatten() else { return true };
             let error = Error::from(status);
             log::error!(
                 "{}: inode {}: writing {} blocks at block {} failed: {error}",
@@ -324,23 +316,38 @@ impl Ext4 {
             self.fail(pages, segment.logical, segment.logical + segment.len, &error);
             self.data_write_failed(status);
             first_error.get_or_insert(error);
-            self.give_up(segment);
-            None
+            // Before the claim goes with the segment.
+            if let Place::Claimed(claim) = &segment.place {
+                self.reserve_again(u64::from(claim.len));
+            }
+            false
         });
-        *segments = kept.collect();
     }
 
-    /// The write of one segment, from the pages' own memory.
-    fn data_bio(&self, pages: &[Page], segment: &Segment, private: u64) -> Bio {
+    /// Writes data and waits; notes which segments failed.
+    fn submit_data(&self, bios: &mut Vec<Bio>, failed: &mut [Option<BlkStatus>]) {
+        if bios.is_empty() {
+            return;
+        }
+        self.buffers.device().submit_batch_wait(bios);
+        for bio in bios.drain(..) {
+            // The number was given to the bio by `write_segments`.
+            let status = &mut failed[bio.private() as usize];
+            *status = status.or(bio.status().err());
+        }
+    }
+
+    /// The write of a segment from its `skip`th block on, from the pages' own memory, and how many
+    /// blocks that are.
+    fn data_bio(&self, set: &BioSet, pages: &[Page], segment: &Segment, skip: u32) -> (Bio, u32) {
         let block_size = u64::from(self.block_size());
-        let sector = self.sector_of(segment.start());
-        let mut bio = Bio::new(BioOp::Write, BioFlags::empty(), sector);
-        bio.set_private(private);
-        let mut offset = u64::from(segment.logical) * block_size;
-        let end = offset + u64::from(segment.len) * block_size;
-        let first = offset / PAGE;
+        let sector = self.sector_of(segment.start() + u64::from(skip));
+        let mut bio = set.alloc(BioOp::Write, BioFlags::empty(), sector);
+        let start = u64::from(segment.logical + skip) * block_size;
+        let end = u64::from(segment.logical + segment.len) * block_size;
+        let (mut offset, first) = (start, start / PAGE);
         let mut at = pages.partition_point(|page| page.guard.folio().index() < first);
-        while offset < end {
+        while offset < end && bio.vecs().len() < BIO_PAGES {
             // A segment is made of dirty blocks of locked pages, which follow each other.
             let in_page = offset % PAGE;
             let len = (end - offset).min(PAGE - in_page);
@@ -348,7 +355,8 @@ impl Ext4 {
             offset += len;
             at += 1;
         }
-        bio
+        // No more than the segment's own blocks.
+        (bio, ((offset - start) / block_size) as u32)
     }
 
     /// A segment that is not mapped: its blocks are delayed again, with their reservation.
@@ -370,22 +378,16 @@ impl Ext4 {
     }
 
     /// Maps what was written.
-    fn map_segments(
-        &self,
-        inode: &Inode,
-        pages: &mut [Page],
-        segments: Vec<Segment>,
-        first_error: &mut Option<Error>,
-    ) {
-        let mut pending: Vec<Segment> =
-            segments.into_iter().filter(|s| !matches!(s.place, Place::Mapped(_))).collect();
-        pending.reverse();
-        while !pending.is_empty() {
-            let (count, credits) = self.group_of_segments(inode, &pending);
-            let mut group = pending.split_off(pending.len() - count);
-            if let Err(error) = self.map_group(inode, &mut group, credits) {
+    fn map_segments(&self, inode: &Inode, batch: &mut Batch, first_error: &mut Option<Error>) {
+        let Batch { pages, segments, group, .. } = batch;
+        segments.retain(|segment| !matches!(segment.place, Place::Mapped(_)));
+        segments.reverse();
+        while !segments.is_empty() {
+            let (count, credits) = self.group_of_segments(inode, segments);
+            group.extend(segments.drain(segments.len() - count..));
+            if let Err(error) = self.map_group(inode, group, credits) {
                 // What the group still holds was not mapped.
-                for segment in group {
+                for segment in group.drain(..) {
                     self.fail(pages, segment.logical, segment.logical + segment.len, &error);
                     self.give_up(segment);
                 }
