@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use parking_lot::Mutex;
+use uext_sync::Mutex;
 use uext_vfs::Errno;
 
 use crate::error::Result;
