@@ -1,6 +1,7 @@
 //! Both ways between the kernel's ext4 and uext: what one writes the other reads,
 //! and `e2fsck -fn` finds nothing after either.
 
+mod external;
 mod limits;
 mod orphans;
 

@@ -94,6 +94,7 @@ Options of -o, as for the kernel's ext4 where not said otherwise:
   ro rw noatime relatime strictatime nodiratime nodev nosuid noexec sync dirsync
   data=ordered|journal|writeback  commit=SECONDS  errors=continue|remount-ro|panic
   barrier[=0|1] nobarrier acl noacl user_xattr nouser_xattr sb=BLOCK norecovery
+  journal_path=PATH journal_dev=NUMBER
   context=LABEL
   force              mount read-write although the filesystem has errors
   cache_size=SIZE  threads=N  engine=ENGINE  log_file=FILE   as the long options

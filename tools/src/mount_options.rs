@@ -111,6 +111,8 @@ impl MountRequest {
             }
             "barrier" => ext4.barrier = number(value.unwrap_or("1"))? != 0,
             "sb" => ext4.sb_block = Some(number(given()?)?),
+            "journal_path" => ext4.journal_path = Some(PathBuf::from(given()?)),
+            "journal_dev" => ext4.journal_path = Some(device_path(given()?)?),
             "cache_size" => {
                 let bytes = usize::try_from(size(given()?)?).map_err(|_| "too large")?;
                 ext4.cache_bytes = Some(bytes);
@@ -287,6 +289,17 @@ fn number(text: &str) -> Result<u64, String> {
     text.parse().map_err(|_| format!("{text} is not a number"))
 }
 
+/// The path of a device number as mount(8) takes it for ext4: decimal or with 0x.
+fn device_path(text: &str) -> Result<PathBuf, String> {
+    let number = match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
+    };
+    let number = number.ok_or_else(|| format!("{text} is no device number"))?;
+    let (major, minor) = (number >> 8 & 0xFFF, (number & 0xFF) | (number >> 12 & 0xF_FF00));
+    Ok(PathBuf::from(format!("/dev/block/{major}:{minor}")))
+}
+
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| format!("{text} is not a number"))?;
     Duration::try_from_secs_f64(seconds).map_err(|_| format!("{text} is out of range"))
@@ -386,6 +399,15 @@ mod tests {
         assert_eq!(parse("rw").unwrap().fuse.transport, Transport::DevFuse);
         assert!(parse("transport=pigeon").is_err());
         assert!(parse("max_ratio=101").is_err());
+    }
+
+    #[test]
+    fn a_journal_is_named_by_path_or_number() {
+        let path = |list| parse(list).map(|request| request.ext4.journal_path.unwrap());
+        assert_eq!(path("journal_path=/dev/loop7"), Ok(PathBuf::from("/dev/loop7")));
+        assert_eq!(path("journal_dev=0x703"), Ok(PathBuf::from("/dev/block/7:3")));
+        assert_eq!(path("journal_dev=66305"), Ok(PathBuf::from("/dev/block/259:1")));
+        assert!(parse("journal_dev=sda").is_err());
     }
 
     #[test]

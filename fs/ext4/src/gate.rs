@@ -50,6 +50,14 @@ pub enum MountError {
     /// Read-write was asked for, and only read-only is possible.
     #[error("only a read-only mount is possible: {0}; mount with `-o ro`")]
     ReadOnlyOnly(String),
+    /// The external journal is missing or another's.
+    #[error("the external journal {uuid} {why}; name its device with `-o journal_path=PATH`")]
+    ExternalJournal {
+        /// Its UUID.
+        uuid: String,
+        /// What is wrong.
+        why: String,
+    },
     /// Options that do not go together.
     #[error("{0}")]
     Options(&'static str),

@@ -60,6 +60,7 @@ mod inode;
 mod ioctl;
 mod journal_data;
 mod journal_inode;
+mod journal_place;
 mod map_blocks;
 mod map_io;
 mod mount;

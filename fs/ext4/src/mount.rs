@@ -28,6 +28,7 @@ use crate::groups::Groups;
 use crate::inode::InodeCache;
 use crate::journal_data;
 use crate::journal_inode::journal_map;
+use crate::journal_place::JournalPlace;
 use crate::options::MountOptions;
 use crate::orphan::OrphanList;
 use crate::quiet::QuietDevice;
@@ -57,7 +58,7 @@ impl Ext4 {
         }
         let found = super_source::find(dev.as_ref(), &options)?;
         let verdict = gate::check(&found.sb, &options)?;
-        let dev = recover(dev, name, &found, &options, verdict.read_only)?;
+        let (dev, journal) = recover(dev, name, &found, &options, verdict.read_only)?;
         let sb = super_source::read_primary(dev.as_ref())?;
         let verdict = gate::check(&sb, &options)?;
         journal_data::check_mode(&options, &sb, verdict.read_only)?;
@@ -70,7 +71,7 @@ impl Ext4 {
         let watched = !sb.features().has_journal() && !verdict.read_only;
         let quiet = watched.then(|| QuietDevice::new(dev.clone()));
         let dev = quiet.clone().map_or(dev, |quiet| quiet as Device);
-        let fs = Self::assemble(dev, name, sb, options, verdict.read_only)?;
+        let fs = Self::assemble(dev, journal, name, sb, options, verdict.read_only)?;
         let root = fs.iget(InodeNumber::ROOT)?;
         if !root.is_dir() {
             let corrupt = uext_ondisk::Corrupt::value("root inode", "is not a directory");
@@ -89,6 +90,7 @@ impl Ext4 {
 
     fn assemble(
         dev: Device,
+        external: Option<JournalPlace>,
         name: &str,
         sb: Superblock,
         options: MountOptions,
@@ -109,8 +111,13 @@ impl Ext4 {
             overhead += u64::from(map.block_count());
         }
         let journal = if sb.features().has_journal() && !read_only {
-            let ino = sb.journal_inum().unwrap_or(InodeNumber::JOURNAL);
-            let map = journal_map(dev.as_ref(), &sb, ino)?;
+            let (device, map) = match external {
+                Some(JournalPlace { external: Some(device), map }) => (device, map),
+                _ => {
+                    let ino = sb.journal_inum().unwrap_or(InodeNumber::JOURNAL);
+                    (dev.clone(), journal_map(dev.as_ref(), &sb, ino)?)
+                }
+            };
             let config = JournalConfig {
                 commit_interval: options.commit_interval,
                 barrier: options.barrier,
@@ -118,7 +125,7 @@ impl Ext4 {
                 wide: sb.features().bit64(),
                 ..JournalConfig::default()
             };
-            Journal::open(dev.clone(), map, *sb.uuid().as_bytes(), buffers.clone(), config)?
+            Journal::open(device, map, *sb.uuid().as_bytes(), buffers.clone(), config)?
         } else {
             Journal::none(buffers.clone())
         };
@@ -280,46 +287,52 @@ fn recover(
     found: &Found,
     options: &MountOptions,
     read_only: bool,
-) -> std::result::Result<Device, MountError> {
+) -> std::result::Result<(Device, Option<JournalPlace>), MountError> {
     let sb = &found.sb;
     let features = sb.features();
     let has_journal = features.compat.contains(Compat::HAS_JOURNAL);
-    if has_journal && sb.journal_inum().is_none() {
-        return Err(MountError::Unsupported {
-            features: "external journal".into(),
-            advice: "mount it with the kernel's ext4",
-        });
-    }
     let whole = found.origin == Origin::Primary;
     let flagged = has_journal && features.incompat.contains(Incompat::RECOVER);
+    let replays = has_journal && !options.norecovery && (flagged || !whole);
+    let place = if replays || (has_journal && !read_only) {
+        Some(JournalPlace::find(dev.as_ref(), sb, options, read_only)?)
+    } else {
+        None
+    };
     if whole && !flagged {
-        return Ok(dev);
+        return Ok((dev, place));
     }
     if options.norecovery {
         log::warn!("{name}: journal not replayed (norecovery): what you see may be inconsistent");
         if whole {
-            return Ok(dev);
+            return Ok((dev, None));
         }
     }
     let target: Device =
         if read_only { SnapshotDevice::over_device(dev.clone()) } else { dev.clone() };
-    let report = if has_journal && !options.norecovery {
-        let map = journal_map(dev.as_ref(), sb, sb.journal_inum().unwrap_or(InodeNumber::JOURNAL))?;
-        Some(replay(target.as_ref(), name, &map, sb.block_size())?)
-    } else {
-        None
+    let report = match &place {
+        Some(place) if replays => {
+            let device = match &place.external {
+                Some(device) if read_only => SnapshotDevice::over_device(device.clone()) as Device,
+                Some(device) => device.clone(),
+                None => target.clone(),
+            };
+            Some(replay(target.as_ref(), device.as_ref(), name, &place.map, sb.block_size())?)
+        }
+        _ => None,
     };
     super_source::mend(target.as_ref(), name, found, report.as_ref())?;
-    Ok(target)
+    Ok((target, place))
 }
 
 fn replay(
     target: &dyn BlockDevice,
+    device: &dyn BlockDevice,
     name: &str,
     map: &JournalMap,
     block_size: u32,
 ) -> std::result::Result<RecoveryReport, MountError> {
-    let journal = JournalLocation { device: target, map, block_size };
+    let journal = JournalLocation { device, map, block_size };
     let report = Recovery::open(journal, target)?.replay(OnDamage::Keep)?;
     log::info!(
         "{name}: journal replayed: {} transactions, {} blocks",

@@ -1,5 +1,6 @@
 //! What a mount was asked for.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// What happens when metadata is found damaged or cannot be written (`errors=`).
@@ -67,6 +68,8 @@ pub struct MountOptions {
     pub nodiratime: bool,
     /// `sb=`: the superblock to use, in units of 1 KiB as mount(8) has it.
     pub sb_block: Option<u64>,
+    /// `journal_path=`: where the external journal is.
+    pub journal_path: Option<PathBuf>,
     /// POSIX ACLs.
     pub acl: bool,
     /// `user.` attributes.
@@ -97,6 +100,7 @@ impl Default for MountOptions {
             atime: AtimePolicy::Relative,
             nodiratime: false,
             sb_block: None,
+            journal_path: None,
             acl: true,
             user_xattr: true,
             quiet_interval: Duration::from_secs(1),

@@ -13,6 +13,7 @@
 //! Whether the *features* are supported is the mounter's decision, not this file's.
 
 mod check;
+mod journal_dev;
 mod raw;
 #[cfg(test)]
 mod tests;
@@ -22,6 +23,7 @@ use bitflags::bitflags;
 use zerocopy::IntoBytes;
 
 pub use self::check::max_per_group;
+pub use self::journal_dev::JournalDevice;
 pub use self::raw::RawSuperblock;
 use crate::checksum;
 use crate::error::Result;
