@@ -1,7 +1,8 @@
 //! The in-core inode: a file in use.
 //!
 //! Invariants:
-//! - One [`Inode`] per inode number at a time: [`InodeCache`] hands it out.
+//! - One [`Inode`] per inode number at a time: [`InodeCache`](crate::inode_cache::InodeCache)
+//!   hands it out.
 //! - `core` holds what the raw inode holds; [`Ext4::mark_inode_dirty`] writes it
 //!   into the inode table's buffer under a handle. Bytes of the raw inode that
 //!   `core` does not know (in-inode attributes, unknown fields) are never touched.
@@ -12,7 +13,6 @@
 //! Locks: see the crate's order. `core` is taken last and never held over
 //! anything that waits.
 
-use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
@@ -94,10 +94,9 @@ pub(crate) struct Inode {
     pub delayed: AtomicU64,
     /// What the data path keeps: delayed blocks, looked-up runs, readahead.
     pub data: FileData,
-    /// Lookups that a front end owes a forget for [inode cache shard].
-    /// WHY-RELAXED: changed under the shard's lock, and looked at under it where the inode
-    /// goes; whoever looks without it looks again there.
-    pub lookups: AtomicU64,
+    /// Used since the cache last looked for what it can do without.
+    /// WHY-RELAXED: it says which inode to drop first, no more.
+    pub used: AtomicBool,
     /// The number was given back: whoever comes late to delete it finds it done [rwsem].
     /// WHY-RELAXED: the swap alone decides who deletes; what deleting needs is under rwsem.
     pub deleted: AtomicBool,
@@ -295,6 +294,8 @@ impl Ext4 {
     pub(crate) fn build_inode(&self, ino: InodeNumber, generation: u32, core: Core) -> Arc<Inode> {
         let csum_seed = uext_ondisk::inode::inode_csum_seed(self.sb.csum_seed(), ino, generation);
         let kind = FileKind::from_mode(u32::from(core.mode)).unwrap_or(FileKind::Regular);
+        // It may have been in memory before, and changed by a transaction still to commit.
+        let tid = self.newest_tid();
         Arc::new_cyclic(|me: &Weak<Inode>| {
             let ops: Weak<dyn AddressSpaceOps> = me.clone();
             Inode {
@@ -311,10 +312,10 @@ impl Ext4 {
                 reserved: AtomicU64::new(0),
                 delayed: AtomicU64::new(0),
                 data: FileData::default(),
-                lookups: AtomicU64::new(0),
+                used: AtomicBool::new(true),
                 deleted: AtomicBool::new(false),
-                sync_tid: AtomicU32::new(self.journal.committed_tid()),
-                datasync_tid: AtomicU32::new(self.journal.committed_tid()),
+                sync_tid: AtomicU32::new(tid),
+                datasync_tid: AtomicU32::new(tid),
             }
         })
     }
@@ -414,14 +415,13 @@ impl Ext4 {
 
     /// Gives back lookups; an inode without links and lookups is deleted.
     pub(crate) fn forget_inode(&self, ino: InodeNumber, count: u64) {
-        let Some(inode) = self.inodes.forget(ino, count) else { return };
-        if inode.core.lock().nlink == 0 {
-            if let Err(error) = self.delete_inode(&inode) {
-                self.report(Some(ino), &error);
-            }
-        } else {
-            self.shrink_inodes();
+        if let Some(inode) = self.inodes.forget(ino, count)
+            && inode.core.lock().nlink == 0
+            && let Err(error) = self.delete_inode(&inode)
+        {
+            self.report(Some(ino), &error);
         }
+        self.shrink_inodes();
     }
 
     /// Deletes an inode that has no links and no users: its blocks, attributes and number.
@@ -432,7 +432,7 @@ impl Ext4 {
         let _exclusive = inode.rwsem.write();
         // The last unlink and the last forget may both come here, and a file that was made
         // without a name may have been linked meanwhile.
-        let in_use = inode.core.lock().nlink > 0 || inode.lookups.load(Ordering::Relaxed) > 0;
+        let in_use = inode.core.lock().nlink > 0 || self.inodes.lookups(inode.ino) > 0;
         if in_use || inode.deleted.swap(true, Ordering::Relaxed) {
             return Ok(());
         }
@@ -451,117 +451,23 @@ impl Ext4 {
         self.free_inode(&handle, inode, inode.is_dir())
     }
 
-    /// Drops idle, clean inodes beyond the cache's bound.
-    fn shrink_inodes(&self) {
-        for inode in self.inodes.idle_victims() {
+    /// Drops inodes beyond the cache's bound that nobody uses at the moment, front ends
+    /// with lookups of them included: they come back when they are asked for. Called
+    /// without locks and handles.
+    pub(crate) fn shrink_inodes(&self) {
+        for inode in self.inodes.victims() {
             let _ = self.write_lazy(&inode);
-            self.inodes.drop_if_idle(&inode);
-        }
-    }
-}
-
-/// Shards of the cache, by inode number.
-const SHARDS: usize = 16;
-/// Inodes kept that no front end knows any more.
-const MAX_IDLE: usize = 16_384;
-
-/// The inodes in use, and some that were lately.
-pub(crate) struct InodeCache {
-    shards: [Mutex<HashMap<InodeNumber, Arc<Inode>>>; SHARDS],
-    /// Numbers in the order in which they became idle; stale ones are skipped.
-    idle: Mutex<VecDeque<InodeNumber>>,
-}
-
-impl InodeCache {
-    /// An empty cache.
-    pub fn new() -> Self {
-        Self { shards: Default::default(), idle: Mutex::default() }
-    }
-
-    fn shard(&self, ino: InodeNumber) -> &Mutex<HashMap<InodeNumber, Arc<Inode>>> {
-        &self.shards[ino.0 as usize % SHARDS]
-    }
-
-    /// The inode, when cached.
-    pub fn find(&self, ino: InodeNumber) -> Option<Arc<Inode>> {
-        self.shard(ino).lock().get(&ino).cloned()
-    }
-
-    /// Whether the inode is cached.
-    pub fn is_cached(&self, ino: InodeNumber) -> bool {
-        self.shard(ino).lock().contains_key(&ino)
-    }
-
-    /// Puts a new inode in, in place of whatever had its number.
-    pub fn insert(&self, inode: &Arc<Inode>) {
-        self.shard(inode.ino).lock().insert(inode.ino, inode.clone());
-    }
-
-    /// Puts an inode in unless another thread was faster; gives the one that counts.
-    fn insert_or_find(&self, inode: &Arc<Inode>) -> Arc<Inode> {
-        self.shard(inode.ino).lock().entry(inode.ino).or_insert_with(|| inode.clone()).clone()
-    }
-
-    /// Counts a lookup for a front end.
-    pub fn count_lookup(&self, inode: &Arc<Inode>) {
-        let mut shard = self.shard(inode.ino).lock();
-        // An inode that was dropped as idle between iget and here comes back.
-        shard.entry(inode.ino).or_insert_with(|| inode.clone());
-        inode.lookups.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Gives back lookups; the inode when none is left.
-    fn forget(&self, ino: InodeNumber, count: u64) -> Option<Arc<Inode>> {
-        let shard = self.shard(ino).lock();
-        let inode = shard.get(&ino)?.clone();
-        let left = inode.lookups.load(Ordering::Relaxed).saturating_sub(count);
-        inode.lookups.store(left, Ordering::Relaxed);
-        drop(shard);
-        if left > 0 {
-            return None;
-        }
-        self.idle.lock().push_back(ino);
-        Some(inode)
-    }
-
-    /// Takes a deleted inode out.
-    fn remove(&self, inode: &Arc<Inode>) {
-        let mut shard = self.shard(inode.ino).lock();
-        if shard.get(&inode.ino).is_some_and(|cached| Arc::ptr_eq(cached, inode)) {
-            shard.remove(&inode.ino);
+            self.inodes.drop_if_unused(&inode);
         }
     }
 
-    /// The oldest idle inodes beyond the bound.
-    fn idle_victims(&self) -> Vec<Arc<Inode>> {
-        let mut idle = self.idle.lock();
-        let excess = idle.len().saturating_sub(MAX_IDLE).min(64);
-        let numbers: Vec<_> = idle.drain(..excess).collect();
-        drop(idle);
-        numbers.into_iter().filter_map(|ino| self.find(ino)).collect()
-    }
-
-    /// Drops an inode that nobody uses and that has nothing to write; else it stays idle.
-    fn drop_if_idle(&self, inode: &Arc<Inode>) {
-        let mut shard = self.shard(inode.ino).lock();
-        if inode.lookups.load(Ordering::Relaxed) > 0 {
-            return;
-        }
-        // The cache's own and the caller's.
-        let unused = Arc::strong_count(inode) == 2;
-        if unused && !inode.mapping.has_dirty() && !inode.core.lock().lazy_dirty {
-            shard.remove(&inode.ino);
-        } else {
-            drop(shard);
-            self.idle.lock().push_back(inode.ino);
-        }
-    }
-
-    /// Every cached inode.
-    pub fn all(&self) -> Vec<Arc<Inode>> {
-        self.shards
-            .iter()
-            .flat_map(|shard| shard.lock().values().cloned().collect::<Vec<_>>())
-            .collect()
+    /// The newest transaction that may have changed an inode nobody knows about.
+    fn newest_tid(&self) -> Tid {
+        let status = self.journal.status();
+        status
+            .running
+            .map(|(tid, _)| tid)
+            .or(status.committing.map(|(tid, _)| tid))
+            .unwrap_or(status.committed)
     }
 }

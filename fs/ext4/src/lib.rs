@@ -57,6 +57,7 @@ mod ialloc;
 mod indirect;
 mod inline;
 mod inode;
+mod inode_cache;
 mod ioctl;
 mod journal_data;
 mod journal_inode;

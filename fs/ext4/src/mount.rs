@@ -25,7 +25,7 @@ use crate::errors::earlier_errors;
 use crate::fs::Ext4;
 use crate::gate::{self, MountError};
 use crate::groups::Groups;
-use crate::inode::InodeCache;
+use crate::inode_cache::InodeCache;
 use crate::journal_data;
 use crate::journal_inode::journal_map;
 use crate::journal_place::JournalPlace;
@@ -230,7 +230,7 @@ impl Ext4 {
                 continue;
             }
             // The kernel's last forgets may come after its goodbye, or never.
-            inode.lookups.store(0, Ordering::Relaxed);
+            self.inodes.forget_all(inode.ino);
             if !inode.deleted.load(Ordering::Relaxed)
                 && let Err(error) = self.delete_inode(&inode)
             {

@@ -2,7 +2,6 @@
 //! errno here, and are logged when a number cannot say what they are.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use uext_jbd2::Handle;
 use uext_ondisk::InodeNumber;
@@ -55,7 +54,9 @@ impl Ext4 {
     }
 
     /// The answer for an inode whose lookup was counted, under the lock of its directory.
+    /// Nothing is locked any more, so this is where memory for others can be made.
     fn entry(&self, inode: &Arc<Inode>) -> Entry {
+        self.shrink_inodes();
         Entry { attr: inode.attr(self.block_size()), generation: inode.generation }
     }
 
@@ -94,9 +95,7 @@ impl Ext4 {
     /// Deletes an inode whose last name went while no front end knew it.
     fn release_unlinked(&self, victim: Option<Arc<Inode>>) -> Result<()> {
         match victim {
-            Some(inode)
-                if inode.core.lock().nlink == 0 && inode.lookups.load(Ordering::Relaxed) == 0 =>
-            {
+            Some(inode) if inode.core.lock().nlink == 0 && self.inodes.lookups(inode.ino) == 0 => {
                 self.delete_inode(&inode)
             }
             _ => Ok(()),

@@ -68,7 +68,23 @@ impl Image {
     /// Mounts it.
     pub fn mount(&self) -> Arc<Ext4> {
         let options = MountOptions { cache_bytes: Some(64 << 20), ..MountOptions::default() };
-        Ext4::mount(self.dev.clone(), "test", &options).expect("it mounts")
+        self.mount_with(&options)
+    }
+
+    /// Mounts it with these options.
+    pub fn mount_with(&self, options: &MountOptions) -> Arc<Ext4> {
+        Ext4::mount(self.dev.clone(), "test", options).expect("it mounts")
+    }
+
+    /// What debugfs answers of the image as it is now, after e2fsck has replayed its
+    /// journal; e2fsck's exit code, 0 when it found nothing else to do.
+    pub fn replayed(&self, request: &str) -> (i32, String) {
+        let path = self.file();
+        let journal_only = ["-y", "-E", "journal_only"];
+        let (_, replay) = run(Command::new("e2fsck").args(journal_only).arg(&path));
+        let (code, check) = run(Command::new("e2fsck").arg("-fn").arg(&path));
+        let (_, text) = run(Command::new("debugfs").args(["-R", request]).arg(&path));
+        (code, format!("{replay}{check}{text}"))
     }
 
     /// A copy as a file, for other programs.

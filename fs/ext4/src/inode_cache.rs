@@ -1,0 +1,219 @@
+//! The inodes in memory, and what front ends owe forgets for.
+//!
+//! A front end may know many more inodes than are worth keeping: the kernel forgets one
+//! only when it needs the memory. So lookups are counted apart from the inodes, and an
+//! inode that nobody uses at the moment is dropped when there are too many, known to a
+//! front end or not; it is read again from its table block when it is asked for.
+//!
+//! Invariants:
+//! - One [`Inode`] per number at a time: while anybody has its `Arc` it stays.
+//! - What the table block doesn't say stays too: dirty pages and reservations, times in
+//!   memory only, an error nobody was told of, an inode without links.
+//! - No number is given out again while lookups of it are counted.
+//!
+//! Locks: `order`, then a shard; both leaves for everybody else.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use uext_ondisk::InodeNumber;
+use uext_pagecache::ErrSeqMark;
+use uext_sync::Mutex;
+
+use crate::inode::Inode;
+
+/// Shards of the cache, by inode number.
+const SHARDS: usize = 16;
+/// Inodes kept: some 32 MiB.
+const MAX_INODES: usize = 32_768;
+/// Inodes dropped at a time.
+const BATCH: usize = 64;
+
+#[derive(Default)]
+struct Shard {
+    inodes: HashMap<InodeNumber, Arc<Inode>>,
+    /// Lookups that a front end owes a forget for.
+    lookups: HashMap<InodeNumber, u64>,
+}
+
+/// The inodes in use, and some that were lately.
+pub(crate) struct InodeCache {
+    shards: [Mutex<Shard>; SHARDS],
+    /// Numbers in the order in which they came; stale ones are skipped.
+    order: Mutex<VecDeque<InodeNumber>>,
+    /// Inodes in all shards.
+    /// WHY-RELAXED: it decides when to look for victims; the shards' locks decide the rest.
+    len: AtomicUsize,
+}
+
+impl InodeCache {
+    /// An empty cache.
+    pub fn new() -> Self {
+        Self { shards: Default::default(), order: Mutex::default(), len: AtomicUsize::new(0) }
+    }
+
+    fn shard(&self, ino: InodeNumber) -> &Mutex<Shard> {
+        &self.shards[ino.0 as usize % SHARDS]
+    }
+
+    /// The inode, when cached.
+    pub fn find(&self, ino: InodeNumber) -> Option<Arc<Inode>> {
+        let inode = self.shard(ino).lock().inodes.get(&ino).cloned()?;
+        inode.used.store(true, Ordering::Relaxed);
+        Some(inode)
+    }
+
+    /// Whether the inode is cached.
+    pub fn is_cached(&self, ino: InodeNumber) -> bool {
+        self.shard(ino).lock().inodes.contains_key(&ino)
+    }
+
+    /// Lookups that a front end owes a forget for.
+    pub fn lookups(&self, ino: InodeNumber) -> u64 {
+        self.shard(ino).lock().lookups.get(&ino).copied().unwrap_or(0)
+    }
+
+    /// Puts a new inode in, in place of whatever had its number.
+    pub fn insert(&self, inode: &Arc<Inode>) {
+        let before = self.shard(inode.ino).lock().inodes.insert(inode.ino, inode.clone());
+        if before.is_none() {
+            self.came(inode.ino);
+        }
+    }
+
+    /// Puts an inode in unless another thread was faster; gives the one that counts.
+    pub fn insert_or_find(&self, inode: &Arc<Inode>) -> Arc<Inode> {
+        let found = {
+            let mut shard = self.shard(inode.ino).lock();
+            shard.inodes.entry(inode.ino).or_insert_with(|| inode.clone()).clone()
+        };
+        // One that was there may be counted twice in the order, which costs nothing.
+        if Arc::ptr_eq(&found, inode) {
+            self.came(inode.ino);
+        }
+        found
+    }
+
+    /// Counts a lookup for a front end.
+    pub fn count_lookup(&self, inode: &Arc<Inode>) {
+        let came = {
+            let mut shard = self.shard(inode.ino).lock();
+            *shard.lookups.entry(inode.ino).or_default() += 1;
+            // An inode that was dropped between iget and here comes back.
+            let came = !shard.inodes.contains_key(&inode.ino);
+            if came {
+                shard.inodes.insert(inode.ino, inode.clone());
+            }
+            came
+        };
+        if came {
+            self.came(inode.ino);
+        }
+    }
+
+    /// Gives back lookups; the inode when none is left and it is in memory.
+    pub fn forget(&self, ino: InodeNumber, count: u64) -> Option<Arc<Inode>> {
+        let mut shard = self.shard(ino).lock();
+        let left = shard.lookups.get(&ino)?.saturating_sub(count);
+        if left > 0 {
+            shard.lookups.insert(ino, left);
+            return None;
+        }
+        shard.lookups.remove(&ino);
+        let inode = shard.inodes.get(&ino)?.clone();
+        inode.used.store(false, Ordering::Relaxed);
+        Some(inode)
+    }
+
+    /// Gives all lookups of an inode back.
+    pub fn forget_all(&self, ino: InodeNumber) {
+        self.shard(ino).lock().lookups.remove(&ino);
+    }
+
+    /// Takes a deleted inode out.
+    pub fn remove(&self, inode: &Arc<Inode>) {
+        let mut shard = self.shard(inode.ino).lock();
+        if shard.inodes.get(&inode.ino).is_some_and(|cached| Arc::ptr_eq(cached, inode)) {
+            shard.inodes.remove(&inode.ino);
+            self.len.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts an inode that was put in.
+    fn came(&self, ino: InodeNumber) {
+        let len = self.len.fetch_add(1, Ordering::Relaxed) + 1;
+        let mut order = self.order.lock();
+        order.push_back(ino);
+        // Deleted inodes leave their numbers behind.
+        if order.len() > 2 * len + 1024 {
+            let mut seen = HashSet::new();
+            order.retain(|ino| seen.insert(*ino) && self.is_cached(*ino));
+        }
+    }
+
+    /// Inodes to drop when there are too many: the oldest that were not used lately.
+    pub fn victims(&self) -> Vec<Arc<Inode>> {
+        let excess = self.len.load(Ordering::Relaxed).saturating_sub(MAX_INODES).min(BATCH);
+        let mut victims = Vec::new();
+        if excess == 0 {
+            return victims;
+        }
+        let mut order = self.order.lock();
+        for _ in 0..4 * BATCH {
+            let Some(ino) = order.pop_front() else { break };
+            let inode = self.shard(ino).lock().inodes.get(&ino).cloned();
+            let Some(inode) = inode else { continue };
+            if inode.used.swap(false, Ordering::Relaxed) {
+                order.push_back(ino);
+            } else {
+                victims.push(inode);
+                if victims.len() == excess {
+                    break;
+                }
+            }
+        }
+        victims
+    }
+
+    /// Drops a victim that nobody uses and that has nothing the disk doesn't have; any
+    /// other waits for its next turn.
+    pub fn drop_if_unused(&self, inode: &Arc<Inode>) {
+        {
+            let mut shard = self.shard(inode.ino).lock();
+            let cached = shard.inodes.get(&inode.ino);
+            if !cached.is_some_and(|cached| Arc::ptr_eq(cached, inode)) {
+                return;
+            }
+            // The cache's own and the caller's; nobody gets another without the shard's lock.
+            if Arc::strong_count(inode) == 2 && inode.is_all_on_disk() {
+                shard.inodes.remove(&inode.ino);
+                self.len.fetch_sub(1, Ordering::Relaxed);
+                return;
+            }
+        }
+        self.order.lock().push_back(inode.ino);
+    }
+
+    /// Every cached inode.
+    pub fn all(&self) -> Vec<Arc<Inode>> {
+        self.shards
+            .iter()
+            .flat_map(|shard| shard.lock().inodes.values().cloned().collect::<Vec<_>>())
+            .collect()
+    }
+}
+
+impl Inode {
+    /// Whether reading the inode again would give all that is in memory.
+    fn is_all_on_disk(&self) -> bool {
+        let core = self.core.lock();
+        core.nlink > 0
+            && !core.lazy_dirty
+            && core.size == core.disk_size
+            && !self.mapping.has_dirty()
+            && self.reserved.load(Ordering::Relaxed) == 0
+            && self.delayed.load(Ordering::Relaxed) == 0
+            && self.mapping.errseq().check(ErrSeqMark::default()).is_ok()
+    }
+}
