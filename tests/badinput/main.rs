@@ -2,6 +2,7 @@
 //! is written, and what still mounts does not take the daemon down.
 
 mod bases;
+mod errors;
 mod flips;
 mod journals;
 mod superblock;

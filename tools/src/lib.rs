@@ -8,5 +8,6 @@ pub mod logging;
 pub mod mkfs;
 pub mod mount;
 pub mod mount_options;
+mod remount;
 pub mod state;
 pub mod umount;

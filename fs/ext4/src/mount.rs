@@ -178,6 +178,7 @@ impl Ext4 {
         let weak = Arc::downgrade(&fs);
         fs.journal.before_commit(Box::new(move || {
             if let Some(fs) = weak.upgrade() {
+                fs.store_errors();
                 fs.flush_replaced(None);
             }
         }));
