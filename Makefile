@@ -7,7 +7,7 @@ DEMO_DIR ?= /var/tmp/uext-demo
 
 UEXT := $(or $(CARGO_TARGET_DIR),target)/release/uext
 
-.PHONY: help all deps check test models faults demo install uninstall fuzz bench bench-micro test-uring identity lint-deps test-full fsx clean
+.PHONY: help all deps check test models faults demo install uninstall fuzz bench bench-micro test-uring identity lint-deps test-full fsx posix pjdfstest xfstests clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
@@ -52,14 +52,23 @@ install: all ## Install the program, its names and man pages under PREFIX
 	install -d $(DESTDIR)$(PREFIX)/sbin $(DESTDIR)/sbin
 	install -Dm755 $(UEXT) $(DESTDIR)$(PREFIX)/bin/uext
 	for name in mkfs.uext fsck.uext; do ln -sf ../bin/uext $(DESTDIR)$(PREFIX)/sbin/$$name || exit 1; done
-	for name in mount.fuse.uext umount.fuse.uext; do ln -sf $(PREFIX)/bin/uext $(DESTDIR)/sbin/$$name || exit 1; done
+	for name in mount.fuse.uext umount.fuse.uext mount.fuseblk.uext; do ln -sf $(PREFIX)/bin/uext $(DESTDIR)/sbin/$$name || exit 1; done
 	install -Dm644 -t $(DESTDIR)$(PREFIX)/share/man/man1 tools/man/uext.1
 	install -Dm644 -t $(DESTDIR)$(PREFIX)/share/man/man8 tools/man/uext-mount.8 tools/man/uext-umount.8 tools/man/uext-bench-dev.8
 
 uninstall: ## Remove what `make install` installed
 	rm -f $(DESTDIR)$(PREFIX)/bin/uext $(DESTDIR)$(PREFIX)/sbin/mkfs.uext $(DESTDIR)$(PREFIX)/sbin/fsck.uext
 	rm -f $(DESTDIR)$(PREFIX)/share/man/man1/uext.1 $(DESTDIR)$(PREFIX)/share/man/man8/uext-mount.8 $(DESTDIR)$(PREFIX)/share/man/man8/uext-umount.8 $(DESTDIR)$(PREFIX)/share/man/man8/uext-bench-dev.8
-	rm -f $(DESTDIR)/sbin/mount.fuse.uext $(DESTDIR)/sbin/umount.fuse.uext
+	rm -f $(DESTDIR)/sbin/mount.fuse.uext $(DESTDIR)/sbin/umount.fuse.uext $(DESTDIR)/sbin/mount.fuseblk.uext
+
+posix: all ## The numbered suite, all of it, on uext and the kernel's ext4 (root)
+	UEXT=$(UEXT) tests/posix/check
+
+pjdfstest: all ## pjdfstest on uext and the kernel's ext4: the same result (root)
+	@tests/scripts/pjdfstest.sh $(UEXT)
+
+xfstests: all ## XFSTESTS=dir [ARGS=...]: a built xfstests tree on uext, e2fsck as judge (root)
+	UEXT=$(UEXT) tests/xfstests/run $(XFSTESTS) $(ARGS)
 
 fuzz: ## Build the fuzz targets (cargo-fuzz)
 	cd tests/fuzz && $(CARGO) fuzz build -s none

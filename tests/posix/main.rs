@@ -7,7 +7,7 @@ use uext_tests::{require, uext};
 
 #[test]
 fn the_quick_group_prints_the_same_as_on_the_kernels_ext4() {
-    require!("e2fsck", "mke2fs", "xfs_io", "python3", "setfattr", "setfacl");
+    require!("e2fsck", "mke2fs", "xfs_io", "python3", "setfattr", "setfacl", "setcap");
     let check = concat!(env!("CARGO_MANIFEST_DIR"), "/posix/check");
 
     let output = Command::new(check).args(["-g", "quick"]).env("UEXT", uext()).output();

@@ -17,6 +17,7 @@ need getfacl acl
 need rsync rsync
 need xfs_io xfsprogs
 need python3 python3
+need setcap libcap2-bin
 need sqlite3 sqlite3
 need bzip2 bzip2
 need git git
