@@ -29,6 +29,7 @@ use crate::orphan::OrphanList;
 use crate::quiet::Watch;
 use crate::readdir::Ties;
 use crate::system_zone::SystemZone;
+use crate::xattr_share::XattrShare;
 
 /// A mounted filesystem.
 pub struct Ext4 {
@@ -57,6 +58,7 @@ pub struct Ext4 {
     pub(crate) orphans: Mutex<OrphanList>,
     /// Listing positions that a number alone cannot say.
     pub(crate) ties: Ties,
+    pub(crate) xattr_share: XattrShare,
     /// Held by a rename between two directories, so that no two change the tree's shape at once.
     pub(crate) rename: Mutex<()>,
     /// Nothing is written: asked for at mount, or after an error under `errors=remount-ro`.

@@ -78,6 +78,7 @@ mod truncate;
 mod vfs_impl;
 mod writeback;
 mod xattr;
+mod xattr_share;
 
 pub use error::{Error, Result};
 pub use fs::Ext4;

@@ -35,6 +35,7 @@ use crate::quiet::QuietDevice;
 use crate::readdir::Ties;
 use crate::super_source::{self, Found, Origin};
 use crate::system_zone::SystemZone;
+use crate::xattr_share::XattrShare;
 
 type Device = Arc<dyn BlockDevice>;
 
@@ -153,6 +154,7 @@ impl Ext4 {
             inodes: InodeCache::new(),
             orphans: Mutex::new(OrphanList::default()),
             ties: Ties::default(),
+            xattr_share: XattrShare::default(),
             rename: Mutex::new(()),
             read_only: AtomicBool::new(read_only),
             quiet: Mutex::new(None),

@@ -5,8 +5,9 @@
 //! into the body if it fits there beside the others, else into the block; an attribute
 //! stands in one of the two only.
 //!
-//! A block may be shared by inodes with the same attributes. It is changed in place only
-//! by its single owner; else the inode gets a block of its own and gives its share back.
+//! A block may be shared by inodes with the same attributes (see [`crate::xattr_share`]). It
+//! is changed in place only by its single owner; else the inode gets a share of one that holds
+//! the same, or a block of its own, and gives its old share back.
 //!
 //! Locks: `rwsem` of the inode, shared to look and exclusively to change; what takes a
 //! handle expects the caller to hold it. `h_refcount` is changed under the block's write
@@ -31,6 +32,7 @@ use crate::credits;
 use crate::error::{Error, Result};
 use crate::fs::Ext4;
 use crate::inode::Inode;
+use crate::xattr_share::{Known, hash_of};
 
 const S_ISVTX: u16 = 0o1000;
 /// Longest list of names Linux passes through (`XATTR_LIST_MAX`), bytes.
@@ -133,7 +135,10 @@ impl Ext4 {
         let Some(buffer) = self.xattr_block(inode)? else { return Ok(XattrSet::new()) };
         let bytes = buffer.read();
         let area = XattrArea::block(&bytes).map_err(|c| self.xattr_error(inode, c))?;
-        Ok(XattrSet::from(area))
+        let (set, hash) = (XattrSet::from(area), hash_of(&bytes));
+        drop(bytes);
+        self.xattr_share.lock().add(hash, FsBlock(buffer.block()));
+        Ok(set)
     }
 
     /// The value of an attribute; the inode's lock is held.
@@ -405,6 +410,15 @@ impl Ext4 {
         if set.is_empty() {
             return self.delete_xattr_block(handle, inode);
         }
+        let mut wanted = vec![0; self.block_size() as usize];
+        set.write_block(&mut wanted, 1).map_err(set_error)?;
+        let mut known = self.xattr_share.lock();
+        let own = old.as_ref().map(|buffer| FsBlock(buffer.block()));
+        if let Some(shared) = self.share_xattr_block(handle, &mut known, &wanted, own)? {
+            self.drop_xattr_share(handle, &mut known, inode)?;
+            self.own_xattr_block(inode, shared);
+            return Ok(());
+        }
         if let Some(buffer) = &old {
             let number = FsBlock(buffer.block());
             let mut bytes = handle.write(buffer)?;
@@ -413,8 +427,10 @@ impl Ext4 {
                 .header()
                 .map_or(0, |header| header.h_refcount.get());
             if shares == 1 {
-                set.write_block(&mut bytes, 1).map_err(set_error)?;
+                known.remove(hash_of(&bytes), number);
+                bytes.copy_from_slice(&wanted);
                 set_block_checksum_if(self, &mut bytes, number)?;
+                known.add(hash_of(&wanted), number);
                 return Ok(());
             }
         }
@@ -422,22 +438,30 @@ impl Ext4 {
         let buffer = self.buffers.getblk(number.0);
         {
             let mut bytes = handle.create(&buffer)?;
-            set.write_block(&mut bytes, 1).map_err(set_error)?;
+            bytes.copy_from_slice(&wanted);
             set_block_checksum_if(self, &mut bytes, number)?;
             buffer.set_verified();
         }
-        if old.is_some() {
-            self.delete_xattr_block(handle, inode)?;
-        }
+        known.add(hash_of(&wanted), number);
+        self.drop_xattr_share(handle, &mut known, inode)?;
+        self.own_xattr_block(inode, number);
+        Ok(())
+    }
+
+    /// The inode has this attribute block now; the caller writes the inode.
+    fn own_xattr_block(&self, inode: &Inode, number: FsBlock) {
         let mut core = inode.core.lock();
         core.file_acl = number;
         core.blocks += u64::from(self.block_size() / 512);
-        Ok(())
     }
 
     /// Takes the inode's share of its attribute block away, and frees the block with the last
     /// one. The caller writes the inode.
     pub(crate) fn delete_xattr_block(&self, handle: &Handle, inode: &Inode) -> Result<()> {
+        self.drop_xattr_share(handle, &mut self.xattr_share.lock(), inode)
+    }
+
+    fn drop_xattr_share(&self, handle: &Handle, known: &mut Known, inode: &Inode) -> Result<()> {
         let Some(buffer) = self.xattr_block(inode)? else { return Ok(()) };
         let number = FsBlock(buffer.block());
         let last = {
@@ -449,6 +473,8 @@ impl Ext4 {
             if shares > 1 {
                 set_block_refcount(&mut bytes, shares - 1)?;
                 set_block_checksum_if(self, &mut bytes, number)?;
+            } else {
+                known.remove(hash_of(&bytes), number);
             }
             shares <= 1
         };
@@ -478,7 +504,7 @@ impl Ext4 {
 }
 
 /// Sets the checksum of an attribute block where the filesystem has checksums.
-fn set_block_checksum_if(fs: &Ext4, bytes: &mut [u8], number: FsBlock) -> Result<()> {
+pub(crate) fn set_block_checksum_if(fs: &Ext4, bytes: &mut [u8], number: FsBlock) -> Result<()> {
     if fs.sb.features().metadata_csum() {
         set_block_checksum(bytes, fs.sb.csum_seed(), number)?;
     }
