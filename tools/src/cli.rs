@@ -17,6 +17,7 @@ use uext_vfs::FileSystem;
 use crate::bench_dev::{self, BenchDevArgs};
 use crate::mount::{self, Mount};
 use crate::mount_options::{self, MountRequest};
+use crate::remount::Remount;
 use crate::umount::{self, UmountOptions};
 
 /// Exit code of mount(8): wrong usage.
@@ -96,6 +97,8 @@ Options of -o, as for the kernel's ext4 where not said otherwise:
   barrier[=0|1] nobarrier acl noacl user_xattr nouser_xattr sb=BLOCK norecovery
   journal_path=PATH journal_dev=NUMBER
   context=LABEL
+  remount            with ro, rw, nodev, nosuid or noexec: change a live mount (SOURCE is
+                     then not looked at)
   force              mount read-write although the filesystem has errors
   cache_size=SIZE  threads=N  engine=ENGINE  log_file=FILE   as the long options
   writeback_cache    let the kernel delay writes: faster small writes
@@ -253,7 +256,18 @@ fn request(options: &[String], sloppy: bool) -> Result<MountRequest, Failure> {
     Ok(request)
 }
 
+/// Serves `-o remount`; whether it was asked for.
+fn remounted(options: &[String], dir: &Path) -> Result<bool, Failure> {
+    match Remount::parse(options).map_err(Failure::Failed)? {
+        Some(remount) => remount.apply(dir).map_err(Failure::Failed).map(|()| true),
+        None => Ok(false),
+    }
+}
+
 fn mount_command(args: MountArgs) -> Result<(), Failure> {
+    if remounted(&args.options, &args.dir)? {
+        return Ok(());
+    }
     let mut request = request(&args.options, false)?;
     if args.read_only {
         request.ext4.rw_explicit = false;
@@ -277,6 +291,9 @@ fn mount_command(args: MountArgs) -> Result<(), Failure> {
 }
 
 fn mount_helper(args: MountHelper) -> Result<(), Failure> {
+    if !args.fake && remounted(&args.options, &args.dir)? {
+        return Ok(());
+    }
     let request = request(&args.options, args.sloppy)?;
     if args.fake {
         return Ok(());

@@ -8,6 +8,7 @@ pub mod logging;
 pub mod mkfs;
 pub mod mount;
 pub mod mount_options;
-mod remount;
+pub mod remount;
+mod shown;
 pub mod state;
 pub mod umount;

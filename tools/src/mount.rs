@@ -31,7 +31,7 @@ use uext_vfs::FileSystem;
 
 use crate::logging::{self, LogTarget};
 use crate::mount_options::MountRequest;
-use crate::remount;
+use crate::shown;
 use crate::state::MountState;
 
 /// Says to the program started again that it is the daemon.
@@ -194,7 +194,7 @@ impl Front {
         let fs = opener(device.clone(), &name, &request.ext4);
         let fs = fs.map_err(|problem| format!("{name}: {problem}"))?;
         let shown = dir.to_owned();
-        fs.on_read_only(Box::new(move || remount::show_read_only(shown.clone())));
+        fs.on_read_only(Box::new(move || shown::show_read_only(shown.clone())));
         let on = |error: io::Error| format!("{}: {error}", dir.display());
         match pending {
             Some(pending) => {

@@ -147,7 +147,7 @@ impl MountRequest {
                 let value = given()?.to_owned();
                 self.fuse.extra.push((key.to_owned(), Some(value)));
             }
-            "remount" => return Err("not supported: unmount and mount again".into()),
+            "remount" => return Err("not among other lists of options".into()),
             "bind" | "rbind" | "move" => return Err("not for a filesystem".into()),
             _ if self.sloppy => self.ignored.push(key.to_owned()),
             _ => return Err("unknown".into()),

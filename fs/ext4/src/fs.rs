@@ -66,6 +66,8 @@ pub struct Ext4 {
     pub(crate) read_only: AtomicBool,
     /// Without a journal: who marks the image clean in quiet moments.
     pub(crate) quiet: Mutex<Option<Watch>>,
+    /// Whether it was mounted to be written, and so has what writing needs.
+    pub(crate) mounted_writable: bool,
     /// Everything fails from now on, on request. WHY-RELAXED: as for `read_only`.
     pub(crate) shut_down: AtomicBool,
     /// An error was recorded: the image is not marked clean at unmount.

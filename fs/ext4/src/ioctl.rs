@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 
 use uext_jbd2::JournalError;
 use uext_ondisk::inode::InodeFlags;
-use uext_vfs::{Context, Errno, FileKind, Ioctl};
+use uext_vfs::{Context, Errno, FileKind, IOC_REMOUNT, Ioctl};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::credits;
@@ -133,6 +133,11 @@ impl Ext4 {
                 let mut how = 0u32;
                 ioctl.caller.read(ioctl.arg, how.as_mut_bytes())?;
                 self.shut_down(how).map(none)
+            }
+            IOC_REMOUNT => {
+                root_only(ctx)?;
+                let read_only: u32 = argument(ioctl)?;
+                self.remount(read_only != 0).map(none)
             }
             _ => Err(Errno::ENOTTY.into()),
         }

@@ -18,7 +18,7 @@ use uext_ondisk::features::{Compat, Incompat};
 use uext_ondisk::superblock::{State, Superblock};
 use uext_pagecache::{BufferCache, CacheConfig, PageCache};
 use uext_sync::Mutex;
-use uext_vfs::Timestamp;
+use uext_vfs::{Errno, Timestamp};
 
 use crate::error::{Error, Result};
 use crate::errors::earlier_errors;
@@ -158,6 +158,7 @@ impl Ext4 {
             rename: Mutex::new(()),
             read_only: AtomicBool::new(read_only),
             quiet: Mutex::new(None),
+            mounted_writable: !read_only,
             shut_down: AtomicBool::new(false),
             had_error: AtomicBool::new(false),
             errors_pending: AtomicBool::new(false),
@@ -224,6 +225,43 @@ impl Ext4 {
         }
         self.barrier()?;
         first_error.map_or(Ok(()), Err)
+    }
+
+    /// Makes a live mount read-only, with a clean image, or writable again. The front end lets
+    /// nothing through that would write while it is read-only.
+    ///
+    /// # Errors
+    /// `EROFS` when it cannot be written: it was mounted read-only, or an error made it so.
+    pub(crate) fn remount(&self, read_only: bool) -> Result<()> {
+        self.check_alive()?;
+        if read_only == self.is_read_only() {
+            return Ok(());
+        }
+        if !read_only {
+            if !self.mounted_writable || self.had_error() || self.journal.aborted().is_some() {
+                return Err(Errno::EROFS.into());
+            }
+            self.mark_mounted()?;
+            self.read_only.store(false, Ordering::Relaxed);
+            log::info!("{}: remounted read-write", self.name);
+            return Ok(());
+        }
+        self.sync_all()?;
+        self.read_only.store(true, Ordering::Relaxed);
+        self.journal.checkpoint_all()?;
+        self.buffers.write_dirty()?;
+        self.buffers.flush_device()?;
+        let mut counted = Ok(());
+        self.write_super(|sb| {
+            counted = self.sum_counts(sb);
+            sb.set_needs_recovery(false);
+            if !self.had_error() && !self.sb.state().contains(State::ERROR) {
+                let state = sb.state() | (self.sb.state() & State::VALID);
+                sb.set_state(state);
+            }
+        })?;
+        log::info!("{}: remounted read-only", self.name);
+        counted
     }
 
     /// Deletes what is open without a name: nobody can use it after the unmount.

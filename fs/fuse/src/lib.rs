@@ -10,6 +10,7 @@
 
 pub mod abi;
 mod caller;
+pub mod control;
 mod devfuse;
 pub mod dispatch;
 pub mod fuser_front;

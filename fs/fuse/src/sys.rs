@@ -267,3 +267,11 @@ pub(crate) fn syncfs(file: &File) -> io::Result<()> {
     let result = unsafe { libc::syncfs(file.as_fd().as_raw_fd()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
+
+/// An ioctl(2) that takes a number.
+pub(crate) fn send_word(file: &File, command: u32, word: u32) -> io::Result<()> {
+    // SAFETY: the command's number says that it reads four bytes, which live here.
+    let result =
+        unsafe { libc::ioctl(file.as_raw_fd(), libc::Ioctl::from(command), &raw const word) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

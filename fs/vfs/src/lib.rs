@@ -14,8 +14,8 @@ pub mod reply;
 
 pub use errno::{Errno, Result};
 pub use ops::{
-    Attr, CallerMemory, Capabilities, Context, Entry, FileHandle, FileKind, FileSystem, Ino, Ioctl,
-    NoCallerMemory, OpenReply, RenameFlags, SetAttr, SetTime, StatFs, Timestamp, WriteFlags,
-    XattrFlags,
+    Attr, CallerMemory, Capabilities, Context, Entry, FileHandle, FileKind, FileSystem,
+    IOC_REMOUNT, Ino, Ioctl, NoCallerMemory, OpenReply, RenameFlags, SetAttr, SetTime, StatFs,
+    Timestamp, WriteFlags, XattrFlags,
 };
 pub use reply::{DirEntry, DirSink, ReadReply, ReadSegment};

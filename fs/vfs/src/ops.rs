@@ -245,6 +245,9 @@ pub struct Capabilities {
     pub read_only: bool,
 }
 
+/// The ioctl that says whether the mount is read-only, 1, or writable, 0: `_IOW('U', 1, u32)`.
+pub const IOC_REMOUNT: u32 = 0x4004_5501;
+
 /// Memory of the process that asks, for commands whose number does not say what they read
 /// and write.
 pub trait CallerMemory {
