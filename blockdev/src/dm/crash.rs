@@ -362,6 +362,11 @@ impl UnitSet {
         Self { chosen }
     }
 
+    /// Of how many units it is a choice.
+    pub fn count(&self) -> usize {
+        self.chosen.len()
+    }
+
     /// Whether a unit is in it.
     pub fn contains(&self, unit: usize) -> bool {
         self.chosen.get(unit).copied().unwrap_or(false)

@@ -10,8 +10,8 @@
 //! Locks: `overlay`, never held over an `end_io` or a read of the base.
 
 use std::collections::HashMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use uext_sync::RwLock;
 
@@ -24,7 +24,64 @@ use crate::units::{SECTOR_SIZE, Sector};
 /// Bytes of a block of the overlay.
 const BLOCK: usize = 4096;
 
-type Block = [u8; BLOCK];
+/// A changed block, shared between snapshots until one of them changes it again.
+struct Block {
+    bytes: [u8; BLOCK],
+    /// Of the bytes; 0 while it is not known.
+    /// WHY-RELAXED: whoever finds 0 makes the same number of the same bytes.
+    hash: AtomicU64,
+}
+
+impl Block {
+    fn new(bytes: [u8; BLOCK]) -> Self {
+        Self { bytes, hash: AtomicU64::new(0) }
+    }
+
+    /// Changes the bytes.
+    fn change(&mut self) -> &mut [u8; BLOCK] {
+        *self.hash.get_mut() = 0;
+        &mut self.bytes
+    }
+
+    /// A number that almost surely only these bytes have. Counted once per change, since
+    /// crash tests ask for it far more often than they write.
+    fn hash(&self) -> u64 {
+        match self.hash.load(Ordering::Relaxed) {
+            0 => {
+                let hash = hash_bytes(&self.bytes).max(1);
+                self.hash.store(hash, Ordering::Relaxed);
+                hash
+            }
+            hash => hash,
+        }
+    }
+}
+
+impl Clone for Block {
+    fn clone(&self) -> Self {
+        Self { bytes: self.bytes, hash: AtomicU64::new(self.hash.load(Ordering::Relaxed)) }
+    }
+}
+
+/// Mixes two numbers so that every bit of either counts.
+fn mix(a: u64, b: u64) -> u64 {
+    let mixed = (a ^ b).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    (mixed ^ (mixed >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9) ^ (mixed >> 32)
+}
+
+/// Four lanes, so that the multiplications overlap.
+fn hash_bytes(bytes: &[u8; BLOCK]) -> u64 {
+    let mut lanes = [1u64, 2, 3, 4];
+    let (chunks, _) = bytes.as_chunks::<32>();
+    for chunk in chunks {
+        let (words, _) = chunk.as_chunks::<8>();
+        for (lane, word) in lanes.iter_mut().zip(words) {
+            *lane = mix(*lane, u64::from_le_bytes(*word));
+        }
+    }
+    lanes.into_iter().fold(0, mix)
+}
+
 type Overlay = HashMap<u64, Arc<Block>>;
 
 /// What lies below; read only.
@@ -86,12 +143,16 @@ impl SnapshotDevice {
     /// A hash of what was written: two snapshots of one base with the same number
     /// almost surely have the same contents, so one of them needs no test.
     pub fn fingerprint(&self) -> u64 {
-        let hash = |(block, data): (&u64, &Arc<Block>)| {
-            let mut hasher = DefaultHasher::new();
-            (block, &data[..]).hash(&mut hasher);
-            hasher.finish()
-        };
-        self.overlay.read().iter().map(hash).fold(0, |all, one| all ^ one)
+        self.fingerprint_where(|_| true)
+    }
+
+    /// As [`SnapshotDevice::fingerprint`], of the blocks of 4096 bytes that `counts` chooses.
+    ///
+    /// A block that was written with what the base holds counts like any other.
+    pub fn fingerprint_where(&self, counts: impl Fn(u64) -> bool) -> u64 {
+        let overlay = self.overlay.read();
+        let chosen = overlay.iter().filter(|(block, _)| counts(**block));
+        chosen.map(|(&block, data)| mix(block + 1, data.hash())).fold(0, |all, one| all ^ one)
     }
 
     /// All contents.
@@ -109,7 +170,7 @@ impl SnapshotDevice {
             // The block was written, so it lies inside the device.
             let start = block as usize * BLOCK;
             let len = BLOCK.min(bytes - start);
-            data[start..start + len].copy_from_slice(&changed[..len]);
+            data[start..start + len].copy_from_slice(&changed.bytes[..len]);
         }
         Ok(data)
     }
@@ -121,7 +182,7 @@ impl SnapshotDevice {
             let (part, rest) = data.split_at_mut(len);
             let changed = self.overlay.read().get(&block).cloned();
             match changed {
-                Some(changed) => part.copy_from_slice(&changed[skip..skip + len]),
+                Some(changed) => part.copy_from_slice(&changed.bytes[skip..skip + len]),
                 None => self.read_base(offset, part)?,
             }
             data = rest;
@@ -157,7 +218,7 @@ impl SnapshotDevice {
 
     /// Zeroes any whole sectors; whole blocks share one block of zeroes.
     pub(super) fn zero(&self, mut offset: u64, bytes: u64) -> BlkResult<()> {
-        let zeroes: Arc<Block> = Arc::new([0; BLOCK]);
+        let zeroes = Arc::new(Block::new([0; BLOCK]));
         let end = offset + bytes;
         while offset < end {
             let (block, skip, len) = block_part(offset, end - offset);
@@ -173,9 +234,14 @@ impl SnapshotDevice {
 
     /// Changes a block of the overlay, filling it from the base first where only
     /// part of it changes.
-    fn with_block(&self, block: u64, len: usize, change: impl Fn(&mut Block)) -> BlkResult<()> {
+    fn with_block(
+        &self,
+        block: u64,
+        len: usize,
+        change: impl Fn(&mut [u8; BLOCK]),
+    ) -> BlkResult<()> {
         if let Some(changed) = self.overlay.write().get_mut(&block) {
-            change(Arc::make_mut(changed));
+            change(Arc::make_mut(changed).change());
             return Ok(());
         }
         let mut fresh = [0; BLOCK];
@@ -187,7 +253,8 @@ impl SnapshotDevice {
         }
         let mut overlay = self.overlay.write();
         // Another writer of the same block may have come between.
-        change(Arc::make_mut(overlay.entry(block).or_insert_with(|| Arc::new(fresh))));
+        let changed = overlay.entry(block).or_insert_with(|| Arc::new(Block::new(fresh)));
+        change(Arc::make_mut(changed).change());
         Ok(())
     }
 
