@@ -124,6 +124,10 @@ impl Ext4 {
                 Kind::Punch => self.punch(inode, &range)?,
                 Kind::Zero => self.zero_range(ctx, inode, &range)?,
             }
+            if self.journals_data(inode) {
+                // The zeroes at both ends, like all data of such a file, before this returns.
+                self.journal_range(inode, range)?;
+            }
             let size = inode.size();
             if !keep_size && end > size {
                 self.extend(inode, size, end)?;
