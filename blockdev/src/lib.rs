@@ -20,6 +20,7 @@ pub mod flush;
 pub mod limits;
 pub mod memory;
 pub mod mempool;
+pub mod mutants;
 pub mod plug;
 pub mod split;
 pub mod status;

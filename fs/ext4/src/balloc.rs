@@ -17,6 +17,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use uext_blockdev::mutant;
 use uext_jbd2::{Handle, Tid, tid_geq};
 use uext_ondisk::bitmap::{self, BitRun};
 use uext_ondisk::features::Incompat;
@@ -352,7 +353,9 @@ impl Ext4 {
         bitmap::set_range(&mut map, bit, len);
         self.update_desc(handle, group, |d| {
             d.set_free_blocks_count(d.free_blocks_count().saturating_sub(len));
-            d.seal_block_bitmap(&self.sb, &map);
+            if !mutant!("bitmap-checksum-stale") {
+                d.seal_block_bitmap(&self.sb, &map);
+            }
         })?;
         drop(map);
         drop(guard);
@@ -481,7 +484,7 @@ impl Ext4 {
             d.seal_block_bitmap(&self.sb, &map);
         })?;
         drop(map);
-        if self.journal.has_journal() {
+        if self.journal.has_journal() && !mutant!("freed-blocks-reused-early") {
             let mut space = self.space.lock();
             space.pending += u64::from(len);
             space.freed.entry(handle.tid()).or_default().push((start, len));

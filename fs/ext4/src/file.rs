@@ -14,7 +14,7 @@
 
 use std::sync::Arc;
 
-use uext_blockdev::{Bio, BioFlags, BioOp, BioVec, Sector};
+use uext_blockdev::{Bio, BioFlags, BioOp, BioVec, Sector, mutant};
 use uext_ondisk::LogicalBlock;
 use uext_ondisk::inode::InodeFlags;
 use uext_pagecache::{Folio, FolioWriteGuard, PAGE_SIZE};
@@ -510,6 +510,9 @@ impl Ext4 {
             let mut core = inode.core.lock();
             if grows {
                 core.size = end;
+                if mutant!("size-before-data") {
+                    core.disk_size = end;
+                }
             }
             (core.mtime, core.ctime) = (now, now);
             core.lazy_dirty = true;

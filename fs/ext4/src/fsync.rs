@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use uext_blockdev::mutant;
 use uext_vfs::{Errno, FileKind};
 
 use crate::error::{Error, Result};
@@ -44,6 +45,9 @@ impl Ext4 {
             self.buffers.write_dirty()?;
             return self.barrier();
         }
+        if mutant!("fsync-without-commit") {
+            return self.barrier();
+        }
         // A commit under way may have flushed before this file's data was written: only one that
         // began after this call stands for a flush.
         let covers = if datasync {
@@ -59,7 +63,7 @@ impl Ext4 {
     /// Flushes the device. A failure is final: what the device has lost no later flush
     /// brings back, so none may be believed.
     pub(crate) fn barrier(&self) -> Result<()> {
-        if !self.options.barrier {
+        if !self.options.barrier || mutant!("fsync-without-barrier") {
             return Ok(());
         }
         self.buffers.flush_device().inspect_err(|&status| self.flush_failed(status))?;

@@ -16,6 +16,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
+use uext_blockdev::mutant;
 use uext_jbd2::{Handle, Tid, tid_gt};
 use uext_ondisk::features::RoCompat;
 use uext_ondisk::inode::{DeviceNumber, Inode as RawView, InodeFlags, Timestamp as RawTime};
@@ -334,7 +335,7 @@ impl Ext4 {
     /// Writes an inode's attributes into its table block under a handle.
     pub(crate) fn mark_inode_dirty(&self, handle: &Handle, inode: &Inode) -> Result<()> {
         self.mark_attributes_dirty(handle, inode)?;
-        inode.note_tid(handle.tid(), true);
+        inode.note_tid(handle.tid(), !mutant!("fdatasync-skips-size"));
         Ok(())
     }
 

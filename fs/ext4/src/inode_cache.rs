@@ -195,12 +195,16 @@ impl InodeCache {
         self.order.lock().push_back(inode.ino);
     }
 
-    /// Every cached inode.
+    /// Every cached inode, by number: the order in which a sync writes them is the same in
+    /// every run.
     pub fn all(&self) -> Vec<Arc<Inode>> {
-        self.shards
+        let mut all: Vec<_> = self
+            .shards
             .iter()
             .flat_map(|shard| shard.lock().inodes.values().cloned().collect::<Vec<_>>())
-            .collect()
+            .collect();
+        all.sort_unstable_by_key(|inode| inode.ino);
+        all
     }
 }
 

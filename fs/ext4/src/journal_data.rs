@@ -25,6 +25,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use uext_blockdev::{Bio, BioFlags, BioOp, mutant};
 use uext_jbd2::Handle;
 use uext_ondisk::FsBlock;
 use uext_ondisk::inode::InodeFlags;
@@ -224,6 +225,9 @@ impl Ext4 {
         group: &mut Group,
         size: u64,
     ) -> Result<()> {
+        if mutant!("journalled-data-home-early") {
+            self.write_early(pages, &group.runs);
+        }
         let handle = self.start(group.credits)?;
         let done = self
             .map_under(&handle, inode, &mut group.segments)
@@ -238,6 +242,22 @@ impl Ext4 {
         // Also after an error: what was mapped before it must reach the inode.
         let marked = self.mark_inode_dirty(&handle, inode);
         done.and(marked)
+    }
+
+    /// A planted defect: writes the blocks themselves, which nothing committed yet allows.
+    fn write_early(&self, pages: &[Page], runs: &[(u32, FsBlock, u32)]) {
+        let block_size = self.block_size() as usize;
+        let per_page = (PAGE_SIZE / block_size) as u32;
+        for (logical, block) in runs.iter().flat_map(|&(logical, start, len)| {
+            (0..len).map(move |n| (logical + n, start + n.into()))
+        }) {
+            let index = u64::from(logical / per_page);
+            let page = pages.partition_point(|page| page.guard.folio().index() < index);
+            let mut bio = Bio::new(BioOp::Write, BioFlags::empty(), self.sector_of(block));
+            let offset = (logical % per_page) as usize * block_size;
+            bio.add_vec(pages[page].guard.bvec(offset, block_size));
+            self.buffers.device().submit_bios_wait(vec![bio]);
+        }
     }
 
     fn copy_runs(

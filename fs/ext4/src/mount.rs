@@ -8,8 +8,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use uext_blockdev::BlockDevice;
 use uext_blockdev::dm::snapshot::SnapshotDevice;
+use uext_blockdev::{BlockDevice, mutant};
 use uext_jbd2::{
     Journal, JournalConfig, JournalLocation, JournalMap, OnDamage, Recovery, RecoveryReport,
 };
@@ -97,7 +97,7 @@ impl Ext4 {
         options: MountOptions,
         read_only: bool,
     ) -> Result<Arc<Self>> {
-        let mut config = CacheConfig::default();
+        let mut config = CacheConfig { background: options.background, ..CacheConfig::default() };
         if let Some(bytes) = options.cache_bytes {
             config.limit_bytes = bytes;
         }
@@ -124,6 +124,7 @@ impl Ext4 {
                 barrier: options.barrier,
                 csum_v3: sb.features().metadata_csum(),
                 wide: sb.features().bit64(),
+                background: options.background,
                 ..JournalConfig::default()
             };
             Journal::open(device, map, *sb.uuid().as_bytes(), buffers.clone(), config)?
@@ -193,8 +194,8 @@ impl Ext4 {
     fn mark_mounted(&self) -> Result<()> {
         self.write_super(|sb| {
             if self.journal.has_journal() {
-                sb.set_needs_recovery(true);
-            } else {
+                sb.set_needs_recovery(!mutant!("needs-recovery-not-set"));
+            } else if !mutant!("dirty-flag-not-set") {
                 let state = sb.state() - State::VALID;
                 sb.set_state(state);
             }

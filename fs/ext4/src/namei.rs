@@ -13,6 +13,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use uext_blockdev::mutant;
 use uext_jbd2::Handle;
 use uext_ondisk::inode::InodeFlags;
 use uext_ondisk::{Corrupt, InodeNumber};
@@ -171,7 +172,9 @@ impl Ext4 {
             core.nlink = if inode.is_dir() { 0 } else { core.nlink.saturating_sub(1) };
             core.nlink
         };
-        self.mark_inode_dirty(handle, inode)?;
+        if !mutant!("nlink-not-journalled") {
+            self.mark_inode_dirty(handle, inode)?;
+        }
         if left == 0 {
             self.orphan_add(handle, inode)?;
         }

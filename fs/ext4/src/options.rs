@@ -60,6 +60,9 @@ pub struct MountOptions {
     pub commit_interval: Duration,
     /// Flush the disk's cache where the promises need it.
     pub barrier: bool,
+    /// Run the threads that commit by time, checkpoint early and write old pages. Tests that
+    /// need every write in order switch them off.
+    pub background: bool,
     /// Memory for cached pages, bytes; a sixteenth of the machine's when not given.
     pub cache_bytes: Option<usize>,
     /// Access times.
@@ -96,6 +99,7 @@ impl Default for MountOptions {
             auto_da_alloc: true,
             commit_interval: Duration::from_secs(5),
             barrier: true,
+            background: true,
             cache_bytes: None,
             atime: AtimePolicy::Relative,
             nodiratime: false,

@@ -13,6 +13,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use uext_blockdev::mutant;
 use uext_jbd2::Handle;
 use uext_ondisk::features::RoCompat;
 use uext_ondisk::{Corrupt, InodeNumber, LogicalBlock, orphan_file};
@@ -37,7 +38,9 @@ struct Member {
 
 impl OrphanList {
     fn inodes(&self) -> Vec<Arc<Inode>> {
-        self.members.values().map(|member| member.inode.clone()).collect()
+        let mut all: Vec<_> = self.members.values().map(|member| member.inode.clone()).collect();
+        all.sort_unstable_by_key(|inode| inode.ino);
+        all
     }
 }
 
@@ -45,7 +48,7 @@ impl Ext4 {
     /// Puts an inode on the list; does nothing when it is there.
     pub(crate) fn orphan_add(&self, handle: &Handle, inode: &Arc<Inode>) -> Result<()> {
         let mut list = self.orphans.lock();
-        if list.members.contains_key(&inode.ino) {
+        if list.members.contains_key(&inode.ino) || mutant!("orphan-not-added") {
             return Ok(());
         }
         let next = list.head;
@@ -75,7 +78,9 @@ impl Ext4 {
                 before.next = next;
             }
             None => {
-                self.update_super(handle, |sb| sb.set_last_orphan(next))?;
+                if !mutant!("orphan-not-removed") {
+                    self.update_super(handle, |sb| sb.set_last_orphan(next))?;
+                }
                 list.head = next;
             }
         }

@@ -11,6 +11,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use uext_blockdev::mutant;
 use uext_jbd2::Handle;
 use uext_ondisk::{Corrupt, InodeNumber};
 use uext_vfs::{Context, Errno, FileKind, RenameFlags};
@@ -98,7 +99,11 @@ impl Ext4 {
             self.lookup_locked(side.dir, side.name)
         };
         let (Ok(source), Ok(_)) = (find(from), find(to)) else { return Ok(()) };
-        if source.kind == FileKind::Regular { self.flush_data(&source) } else { Ok(()) }
+        if source.kind == FileKind::Regular && !mutant!("rename-without-flush") {
+            self.flush_data(&source)
+        } else {
+            Ok(())
+        }
     }
 
     fn rename_once(
@@ -183,7 +188,10 @@ impl Ext4 {
         {
             return Err(Errno::ENOTEMPTY.into());
         }
-        if target.is_some() && source.inode.kind == FileKind::Regular && self.options.auto_da_alloc
+        if target.is_some()
+            && source.inode.kind == FileKind::Regular
+            && self.options.auto_da_alloc
+            && !mutant!("rename-without-flush")
         {
             self.flush_data(&source.inode)?;
         }

@@ -22,7 +22,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use uext_blockdev::{Bio, BioFlags, BioOp, BioSet, BlkStatus};
+use uext_blockdev::{Bio, BioFlags, BioOp, BioSet, BlkStatus, mutant};
 use uext_jbd2::Handle;
 use uext_ondisk::extent::MAX_WRITTEN_LEN;
 use uext_ondisk::{FsBlock, LogicalBlock};
@@ -183,6 +183,13 @@ impl Ext4 {
         if self.journals_data(inode) {
             let segments = batch.segments.drain(..).collect();
             self.journal_segments(inode, &mut batch.pages, segments, size, &mut first_error);
+        } else if mutant!("mapping-before-data") {
+            // As if nobody waited for the data: a commit comes before it.
+            let Batch { pages, segments, set, .. } = &*batch;
+            let late = segments.iter().map(|s| self.data_bio(set, pages, s, 0).0).collect();
+            self.map_segments(inode, batch, &mut first_error);
+            self.journal.commit_all()?;
+            self.buffers.device().submit_bios_wait(late);
         } else {
             self.write_segments(inode, batch, &mut first_error);
             self.map_segments(inode, batch, &mut first_error);

@@ -8,6 +8,7 @@
 //! 4. Commit: the commit block behind a flush, durable itself.
 //! 5. Finished: its buffers wait for their checkpoint; the call-backs run.
 
+use uext_blockdev::mutant;
 use uext_pagecache::Buffer;
 use uext_sync::MutexGuard;
 use uext_sync::time::{Duration, Instant};
@@ -153,13 +154,14 @@ impl Journal {
     }
 
     fn write_transaction(&self, log: &Log, tx: &Transaction, place: &Place) -> Result<()> {
+        let revoked = if mutant!("revoke-not-written") { None } else { Some(&tx.revoked) };
         if !tx.revoked.is_empty() {
             log.set_revoke_feature()?;
         }
         log.begin_if_empty(tx.tid, place.start)?;
         self.set_commit_state(tx.tid, TxState::Flush);
         let mut writer = log.writer(tx.tid, place.start);
-        writer.revokes(tx.revoked.iter().copied())?;
+        writer.revokes(revoked.into_iter().flatten().copied())?;
         let copy = |buffer: &Buffer, bytes: &mut [u8]| copy_for_log(buffer, tx.tid, bytes);
         writer.blocks_of(tx.buffers.values(), copy)?;
         writer.finish_blocks()?;

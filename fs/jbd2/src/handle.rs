@@ -24,7 +24,7 @@ use std::sync::Arc;
 use uext_sync::atomic::Ordering;
 use uext_sync::lockdep::{Class, Held};
 
-use uext_blockdev::AlignedBuf;
+use uext_blockdev::{AlignedBuf, mutant};
 use uext_pagecache::{Buffer, BufferWriteGuard};
 
 use crate::error::{JournalError, Result};
@@ -146,6 +146,10 @@ impl Handle {
             && older != self.tid
         {
             head.committing = Some(older);
+            if mutant!("frozen-copy-not-taken") {
+                head.running = Some(self.tid);
+                return;
+            }
             head.frozen = Some(Arc::new(AlignedBuf::from_slice(bytes)));
         }
         head.running = Some(self.tid);

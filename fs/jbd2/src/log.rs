@@ -15,6 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use uext_blockdev::{
     AlignedBuf, Bio, BioFlags, BioOp, BioSet, BioVec, BlkResult, BlkStatus, BlockDevice, Sector,
+    mutant,
 };
 use uext_ondisk::jbd2::{
     BlockType, CommitBlock, DescriptorWriter, JournalCompat, JournalIncompat, JournalSuperblock,
@@ -180,12 +181,13 @@ impl Log {
         edit: impl FnOnce(&mut RawJournalSuperblock),
     ) -> Result<()> {
         edit_superblock_with(&mut sb.bytes, edit)?;
+        let preflush = !mutant!("tail-before-checkpoint-flush");
         let at = self.map.superblock();
         let location =
             JournalLocation { device: &*self.device, map: &self.map, block_size: self.block_size };
         let offset = location.byte_offset(at)?;
         self.device
-            .write_at(offset, &sb.bytes, self.flags(BioFlags::PREFLUSH | BioFlags::FUA))
+            .write_at(offset, &sb.bytes, self.flags(durably(preflush, true)))
             .map_err(|status| JournalError::io(IoWhat::WriteLog, at.into(), status))
     }
 
@@ -243,6 +245,14 @@ impl Log {
         let chunk = self.chunk.lock().take().unwrap_or_else(Chunk::new);
         LogWriter { log: self, tid, chunk, used: 0, start, at: start }
     }
+}
+
+/// The flags of a write that makes what came before durable, and itself.
+fn durably(preflush: bool, fua: bool) -> BioFlags {
+    let mut flags = BioFlags::empty();
+    flags.set(BioFlags::PREFLUSH, preflush);
+    flags.set(BioFlags::FUA, fua);
+    flags
 }
 
 /// Version 2 with the features the filesystem wants; the log is empty, so its format may change.
@@ -350,11 +360,13 @@ impl LogWriter<'_> {
             if escaped {
                 uext_ondisk::jbd2::escape(bytes);
             }
+            let escaped = escaped && !mutant!("escape-flag-missing");
             let checksum = if format.has_csum() {
                 uext_ondisk::jbd2::logged_block_csum(seed, tid, bytes)
             } else {
                 0
             };
+            let checksum = if mutant!("tag-checksum-wrong") { !checksum } else { checksum };
             assert!(
                 descriptor.push(buffer.block().into(), escaped, checksum),
                 "the group fits its descriptor"
@@ -402,6 +414,9 @@ impl LogWriter<'_> {
 
     /// Writes what is left of the transaction's blocks and waits for all of them.
     pub(crate) fn finish_blocks(&mut self) -> Result<()> {
+        if mutant!("commit-before-blocks") {
+            return Ok(());
+        }
         if self.used > 0 { self.submit() } else { Ok(()) }
     }
 
@@ -411,7 +426,8 @@ impl LogWriter<'_> {
         let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let block = CommitBlock { sequence: tid, time, transaction_crc32: None };
         block.write(self.blocks(1)?, format.has_csum().then_some(seed))?;
-        self.write_out(BioFlags::PREFLUSH | BioFlags::FUA)?;
+        let (preflush, fua) = (!mutant!("commit-without-preflush"), !mutant!("commit-without-fua"));
+        self.write_out(durably(preflush, fua))?;
         self.used = 0;
         Ok(())
     }

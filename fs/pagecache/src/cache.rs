@@ -34,6 +34,9 @@ pub struct CacheConfig {
     pub failed_percent: u32,
     /// Most pages one call of `writepages` is asked for.
     pub writeback_chunk_pages: u64,
+    /// Run the flusher's thread. Tests that need every write in order switch it off, and
+    /// dirty less than writers would have to wait for.
+    pub background: bool,
 }
 
 impl Default for CacheConfig {
@@ -46,6 +49,7 @@ impl Default for CacheConfig {
             dirty_expire: Duration::from_secs(5),
             failed_percent: 25,
             writeback_chunk_pages: 16384,
+            background: true,
         }
     }
 }
@@ -158,7 +162,9 @@ impl PageCache {
             buffer_caches: Mutex::default(),
             listeners: RwLock::default(),
         });
-        Flusher::start(&cache);
+        if cache.config.background {
+            Flusher::start(&cache);
+        }
         cache
     }
 

@@ -25,7 +25,7 @@ mod target;
 
 use std::collections::BTreeMap;
 
-use uext_blockdev::{BioFlags, BlockDevice};
+use uext_blockdev::{BioFlags, BlockDevice, mutant};
 use uext_ondisk::jbd2::{JournalIncompat, JournalSuperblock, edit_superblock_with};
 use uext_ondisk::{Corrupt, FsBlock};
 
@@ -139,6 +139,9 @@ impl<'a> Recovery<'a> {
         }
         let mut target = DeviceTarget::new(self.fs, self.journal.block_size);
         let mut report = self.run(&mut target, true)?;
+        if mutant!("log-emptied-before-replay") {
+            self.mark_empty(report.end_tid.wrapping_add(1))?;
+        }
         target.flush()?;
         if on_damage == OnDamage::Keep
             && let Some(damage) = report.damage

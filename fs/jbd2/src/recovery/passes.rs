@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
+use uext_blockdev::mutant;
 use uext_ondisk::error::CorruptKind;
 use uext_ondisk::jbd2::{
     self, BlockType, CHECKSUM_CRC32, CommitBlock, CsumVersion, Header, JournalCompat,
@@ -40,7 +41,8 @@ pub(super) struct Revoked {
 
 impl Revoked {
     fn covers(&self, block: FsBlock, tid: Tid) -> bool {
-        self.last.get(&block).is_some_and(|&revoked| !tid_gt(tid, revoked))
+        let covers = self.last.get(&block).is_some_and(|&revoked| !tid_gt(tid, revoked));
+        covers && !mutant!("revoke-ignored")
     }
 }
 
@@ -329,7 +331,8 @@ impl<'a> Passes<'a> {
                 replayed.revoked += 1;
                 continue;
             }
-            if !tag.matches(self.format, self.seed, place.cursor.tid, data) {
+            let matches = tag.matches(self.format, self.seed, place.cursor.tid, data);
+            if !matches && !mutant!("tag-checksum-unchecked") {
                 replayed.damage.get_or_insert_with(|| damaged_copy(tag.block, self.format));
                 continue;
             }
@@ -338,7 +341,7 @@ impl<'a> Passes<'a> {
                 continue;
             }
             let mut data = data.to_vec();
-            if tag.flags.contains(TagFlags::ESCAPE) {
+            if tag.flags.contains(TagFlags::ESCAPE) && !mutant!("escape-not-undone") {
                 jbd2::unescape(&mut data);
             }
             place.target.put(tag.block, data)?;
