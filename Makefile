@@ -7,7 +7,7 @@ DEMO_DIR ?= /var/tmp/uext-demo
 
 UEXT := $(or $(CARGO_TARGET_DIR),target)/release/uext
 
-.PHONY: help all deps check test models faults demo install uninstall fuzz bench bench-micro test-uring identity lint-deps test-full fsx posix pjdfstest xfstests clean
+.PHONY: help all deps check test models faults demo install uninstall fuzz bench bench-micro test-uring identity lint-deps test-full fsx posix pjdfstest xfstests crash crash-long mutants clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,19 @@ test-full: deps ## Full sizes, all states, many seeds (an hour)
 faults: deps all ## Every fault point, and 200 kills under load (root, a quarter of an hour)
 	UEXT_FAULT_POINTS=0 UEXT_FULL_RUNS=60 UEXT_KILLS=100 UEXT_BIN=$(abspath $(UEXT)) \
 		$(CARGO) test --release --locked -p uext-tests --test fault -- --nocapture --test-threads 2
+
+# The crash tests of `make test` with more states; the profile is as fast as a release.
+CRASH = $(CARGO) test --profile crash --locked -p uext-tests --test crash
+CRASH_OUT = --nocapture --test-threads=1
+
+crash: deps ## Power cuts: hundreds of thousands of states, ten minutes
+	UEXT_CRASH=more $(CRASH) -- $(CRASH_OUT)
+
+crash-long: deps ## Power cuts: all that is there and hours of chance
+	UEXT_CRASH=long $(CRASH) -- $(CRASH_OUT)
+
+mutants: deps ## Plants defects one by one; the crash tests must catch each
+	$(CRASH) --features mutants -- $(CRASH_OUT) mutants::
 
 demo: deps all ## Make an image, mount it, copy a tree in, unmount, check it
 	@tests/scripts/demo.sh $(UEXT) $(DEMO_DIR)

@@ -1,6 +1,6 @@
 //! What our replay leaves is what e2fsck's and the kernel's leave, block for block.
 //!
-//! `cargo test` compares a few states of each workload; with `UEXT_LONG=1` (`make identity`)
+//! `cargo test` compares a few states of each workload; with `UEXT_LONG=1` (`make identity`) or in `make crash`
 //! all moments of all workloads, over 1,000 states.
 
 use uext_blockdev::dm::{CrashOptions, SnapshotDevice, UnitSet, WriteLog};
@@ -15,7 +15,7 @@ const LONG_STATES: usize = 140;
 
 /// Compares states of a recorded workload; how many there were.
 pub fn compare(name: &str, base: &Arc<Vec<u8>>, log: &WriteLog) -> usize {
-    let long = std::env::var_os("UEXT_LONG").is_some();
+    let long = std::env::var_os("UEXT_LONG").is_some() || std::env::var_os("UEXT_CRASH").is_some();
     let most = if long { LONG_STATES } else { STATES };
     let replays = Replays::new(base);
     let start = SnapshotDevice::over_vec(base.clone());

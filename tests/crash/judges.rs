@@ -9,9 +9,9 @@ use std::sync::Arc;
 use tempfile::TempDir;
 use uext_blockdev::BlockDevice;
 use uext_blockdev::dm::SnapshotDevice;
-use uext_ext4::Ext4;
+use uext_ext4::{DataMode, Ext4, MountOptions};
 use uext_ondisk::features::RoCompat;
-use uext_ondisk::superblock::{SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, Superblock};
+use uext_ondisk::superblock::{SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, State, Superblock};
 use uext_tools::fsck;
 use uext_vfs::{FileHandle, FileSystem, WriteFlags};
 
@@ -23,21 +23,49 @@ use crate::recorder::{ROOT, options, read_all, walk};
 ///
 /// # Errors
 /// What is wrong.
-pub fn ours(disk: &Arc<SnapshotDevice>, history: &History, time: u64) -> Result<(), String> {
-    let fs = Ext4::mount(disk.clone(), "after the cut", &options())
+pub fn ours(
+    disk: &Arc<SnapshotDevice>,
+    mode: DataMode,
+    history: &History,
+    time: u64,
+) -> Result<(), String> {
+    let fs = Ext4::mount(disk.clone(), "after the cut", &options(mode))
         .map_err(|error| format!("mount: {error}"))?;
     let (tree, inos) = walk(&*fs);
     let judged = history.judge(time, &tree, &mut |path| read_all(&*fs, inos[path]));
     let used = judged.and_then(|()| use_it(&*fs));
     fs.unmount().map_err(|error| format!("unmount: {error:?}"))?;
     used?;
+    check(disk)
+}
+
+/// Our check of a disk that must be clean.
+fn check(disk: &SnapshotDevice) -> Result<(), String> {
     let mut text = Vec::new();
     let options = fsck::Options { force: true, strict: true, ..fsck::Options::default() };
-    let outcome = fsck::check(disk.as_ref(), &options, &mut fsck::Progress::off(), &mut text);
+    let outcome = fsck::check(disk, &options, &mut fsck::Progress::off(), &mut text);
     if outcome.exit == 0 {
         return Ok(());
     }
     Err(format!("after mount and unmount:\n{}", String::from_utf8_lossy(&text)))
+}
+
+/// Mounts a disk that may be refused, and judges it as if nothing had been promised; whether
+/// it was mounted.
+///
+/// # Errors
+/// What is wrong.
+pub fn any_moment(
+    disk: &Arc<SnapshotDevice>,
+    mode: DataMode,
+    history: &History,
+) -> Result<bool, String> {
+    let Ok(fs) = Ext4::mount(disk.clone(), "damaged", &options(mode)) else { return Ok(false) };
+    let (tree, _) = walk(&*fs);
+    let judged = history.judge_names(&tree);
+    fs.unmount().map_err(|error| format!("unmount: {error:?}"))?;
+    judged?;
+    check(disk).map(|()| true)
 }
 
 /// Work after the recovery: what it found free must be free.
@@ -71,21 +99,17 @@ impl Kernel {
         self.dir.path().join("disk")
     }
 
+    /// Writes all of it, since e2fsck may have changed what it was.
     fn put(&self, disk: &SnapshotDevice) -> File {
-        const BLOCK: usize = 4096;
         let mut how = File::options();
-        how.read(true).write(true).create(true).truncate(true);
+        how.read(true).write(true).create(true).truncate(false);
         let file = how.open(self.path()).expect("create the disk's file");
-        file.set_len(self.base.len() as u64).expect("size the disk's file");
-        for (index, block) in self.base.chunks(BLOCK).enumerate() {
-            if block.iter().any(|&byte| byte != 0) {
-                file.write_all_at(block, (index * BLOCK) as u64).expect("write the disk's file");
-            }
-        }
+        file.write_all_at(&self.base, 0).expect("write the disk's file");
         let device: &dyn BlockDevice = disk;
         for block in disk.changed_blocks() {
-            let at = block * BLOCK as u64;
-            let data = device.read_at(at, BLOCK).expect("a snapshot can be read");
+            let at = block * 4096;
+            let len = (self.base.len() as u64 - at).min(4096);
+            let data = device.read_at(at, len as usize).expect("a snapshot can be read");
             file.write_all_at(&data, at).expect("write the disk's file");
         }
         file
@@ -120,6 +144,37 @@ impl Kernel {
         drop(self.put(disk));
         clean(&self.path(), "after mount and unmount")
     }
+
+    /// A disk without a journal: e2fsck repairs it and is content with what it did, and all
+    /// that was promised is there.
+    ///
+    /// # Errors
+    /// What is missing, or what e2fsck printed.
+    pub fn judge_repaired(
+        &self,
+        disk: &SnapshotDevice,
+        history: &History,
+        time: u64,
+    ) -> Result<(), String> {
+        drop(self.put(disk));
+        if says_clean(disk) {
+            clean(&self.path(), "though it says that it is clean")?;
+        }
+        let (exit, text) = e2fsck(&self.path(), &["-fy"]);
+        if exit > 2 {
+            return Err(format!("e2fsck -fy ends with {exit}:\n{text}"));
+        }
+        clean(&self.path(), "after its repair")?;
+        let repaired = std::fs::read(self.path()).expect("read the disk's file");
+        let device = SnapshotDevice::over_vec(Arc::new(repaired));
+        let options = MountOptions { read_only: true, ..options(DataMode::Ordered) };
+        let fs = Ext4::mount(device, "after the repair", &options)
+            .map_err(|error| format!("mount after the repair: {error}"))?;
+        let (tree, inos) = walk(&*fs);
+        let judged = history.judge_kept(time, &tree, &mut |path| read_all(&*fs, inos[path]));
+        fs.unmount().map_err(|error| format!("unmount: {error:?}"))?;
+        judged
+    }
 }
 
 /// Whether the primary superblock fits no checksum, being half of one write and half of another.
@@ -127,6 +182,13 @@ pub fn superblock_is_torn(disk: &SnapshotDevice) -> bool {
     let device: &dyn BlockDevice = disk;
     let bytes = device.read_at(SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE).expect("a snapshot can be read");
     Superblock::parse_torn(&bytes).is_some()
+}
+
+/// Whether the superblock says that no check is needed.
+fn says_clean(disk: &SnapshotDevice) -> bool {
+    let device: &dyn BlockDevice = disk;
+    let bytes = device.read_at(SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE).expect("a snapshot can be read");
+    Superblock::parse(&bytes).is_ok_and(|sb| sb.state() == State::VALID)
 }
 
 fn has_orphans(file: &File) -> bool {

@@ -1,101 +1,52 @@
-//! Power cuts: fixed workloads run over a recording device, and every disk that a cut
-//! may leave is mounted, compared with what was promised, and checked.
+//! Power cuts: workloads run over a recording device, and every disk that a cut may leave
+//! is mounted, compared with what was promised, used, and checked.
 //!
-//! Judged are all moments at which something is about to become durable, with all,
-//! none and chosen subsets of what is volatile then, and the prefixes of the completed
-//! writes, evenly sampled where they are too many. Each state is replayed by our mount
-//! and checked by our fsck; what is durable alone at each flush boundary and a part of the
-//! rest also by e2fsck, with its own replay.
+//! [`cuts`] says which disks those are, [`history`] what may be found on them. Workloads are
+//! the fixed ones of [`workloads`] and those that [`generate`] makes. A failure is made
+//! small ([`minimise`]) and printed as one line that repeats it:
+//! `SEED=1 WORKLOAD='ext4 ordered ...' CUT=blocks:3 UNITS=0-2 cargo test ... replay`.
 //!
-//! A failure prints the line that repeats it, such as
-//! `UEXT_CRASH_CUT=prefix:17 cargo test -p uext-tests --test crash rename`.
-//! `UEXT_CRASH_STATES` sets how many prefixes a workload tests (all: 0). With
-//! `UEXT_CRASH_KERNEL=all` every prefix is tested, and every state goes to e2fsck as well.
+//! How much is judged is said in [`tiers`]. With the feature `mutants`, which plants defects,
+//! a test shows that each is caught.
 
+mod case;
 mod cuts;
+mod damage;
+mod engine;
+mod generate;
 mod history;
 mod identity;
+mod image;
+mod intruder;
 mod judges;
+mod minimise;
+#[cfg(feature = "mutants")]
+mod mutants;
+mod ops;
+mod quiet;
 mod recorder;
+mod tiers;
 mod workloads;
 
-use std::process::Command;
-use std::sync::Arc;
+use uext_ext4::DataMode;
+use uext_tests::require;
 
-use uext_tests::{require, run};
-
-use crate::recorder::Recorder;
-
-/// An image to start with.
-#[derive(Clone, Copy)]
-enum Image {
-    /// ext4 as mke2fs makes it today, 4 KiB blocks.
-    Ext4,
-    /// ext4 with 1 KiB blocks.
-    Small,
-    /// ext3, 4 KiB blocks.
-    Ext3,
-}
-
-impl Image {
-    fn make(self) -> Vec<u8> {
-        const BYTES: u64 = 16 << 20;
-        let file = tempfile::Builder::new().prefix("uext-crash-").tempfile_in("/dev/shm");
-        let file = file.expect("a file in /dev/shm");
-        file.as_file().set_len(BYTES).expect("size an image");
-        let mut mkfs = Command::new("mke2fs");
-        mkfs.args(["-q", "-F", "-m", "0", "-N", "2048"]);
-        mkfs.args(["-U", "0123abcd-4567-89ab-cdef-0123456789ab"]);
-        mkfs.args(["-E", "hash_seed=01234567-89ab-cdef-0123-456789abcdef"]);
-        match self {
-            Self::Ext4 => mkfs.args(["-t", "ext4", "-b", "4096", "-J", "size=4"]),
-            Self::Small => mkfs.args(["-t", "ext4", "-b", "1024", "-J", "size=1"]),
-            Self::Ext3 => mkfs.args(["-t", "ext3", "-b", "4096", "-J", "size=4"]),
-        };
-        if !matches!(self, Self::Ext3) {
-            mkfs.args(["-O", "metadata_csum_seed,orphan_file"]);
-        }
-        run(mkfs.arg(file.path()));
-        std::fs::read(file.path()).expect("read an image")
-    }
-}
-
-/// Runs a workload and judges its cuts.
-fn crash(name: &str, image: Image, work: impl FnOnce(&mut Recorder)) {
-    let base = Arc::new(image.make());
-    let mut recorder = Recorder::new(&base, 1);
-    work(&mut recorder);
-    let (log, history) = recorder.finish();
-    cuts::judge_all(name, &base, &log, &history);
-}
-
-/// Runs a workload and compares what three replays make of its cuts.
-fn identity(name: &str, image: Image, work: impl FnOnce(&mut Recorder)) -> usize {
-    let base = Arc::new(image.make());
-    let mut recorder = Recorder::new(&base, 1);
-    work(&mut recorder);
-    let (log, _) = recorder.finish();
-    identity::compare(name, &base, &log)
-}
+use crate::case::Case;
+use crate::image::Kind;
 
 macro_rules! crash_tests {
     ($($name:ident: $image:ident;)*) => {
         $(
             #[test]
             fn $name() {
-                require!("mke2fs", "e2fsck");
-                crash(stringify!($name), Image::$image, workloads::$name);
+                require!("mke2fs", "e2fsck", "debugfs", "dumpe2fs");
+                let case = Case::fixed(Kind::$image, stringify!($name));
+                engine::check(stringify!($name), &[(case, tiers::fixed())]);
             }
         )*
 
-        #[test]
-        fn replays_leave_the_same_blocks() {
-            require!("mke2fs", "e2fsck", "debugfs", "losetup");
-            let mut same = 0;
-            $(same += identity(stringify!($name), Image::$image, workloads::$name);)*
-            println!("{same} states: uext, e2fsck and the kernel leave the same blocks");
-            assert!(same > 20);
-        }
+        /// The fixed workloads and their images.
+        const FIXED: &[(Kind, &str)] = &[$((Kind::$image, stringify!($name))),*];
     };
 }
 
@@ -114,4 +65,97 @@ crash_tests! {
     delete_and_reuse_small: Small;
     long_extents: Ext4;
     log_that_wraps: Small;
+    deep_extents: Small;
+    made_during_commits: Ext4;
+    blocks_like_the_journals: Small;
+}
+
+/// The fixed workloads again, where file data goes through the journal.
+#[test]
+fn journalled_data() {
+    require!("mke2fs", "e2fsck", "debugfs", "dumpe2fs");
+    let cases: Vec<_> = FIXED
+        .iter()
+        .map(|&(kind, name)| {
+            (Case { mode: DataMode::Journal, ..Case::fixed(kind, name) }, tiers::journalled())
+        })
+        .collect();
+    engine::check("fixed workloads, data=journal", &cases);
+}
+
+/// What our replay, e2fsck's and the kernel's leave is the same.
+#[test]
+fn replays_leave_the_same_blocks() {
+    require!("mke2fs", "e2fsck", "debugfs", "dumpe2fs", "losetup");
+    let compare = |&(kind, name): &(Kind, &str)| {
+        let recording = Case::fixed(kind, name).record().unwrap_or_else(|why| panic!("{why}"));
+        identity::compare(name, &image::image(kind, true).bytes, &recording.log)
+    };
+    let same: usize = FIXED.iter().map(compare).sum();
+    println!("{same} states: uext, e2fsck and the kernel leave the same blocks");
+    assert!(same > 20);
+}
+
+#[test]
+fn sequences_of_one_operation() {
+    require!("mke2fs", "e2fsck", "debugfs", "dumpe2fs");
+    for (kind, mode) in tiers::filesystems() {
+        let cases: Vec<_> =
+            generate::length_one(kind, mode).map(|case| (case, tiers::short())).collect();
+        let name = format!("one operation, {} {}", kind.name(), image::mode_name(mode));
+        engine::check(&name, &cases);
+    }
+}
+
+#[test]
+fn sequences_of_two_and_three_by_chance() {
+    require!("mke2fs", "e2fsck", "debugfs", "dumpe2fs");
+    let (count, time) = tiers::chances();
+    let kinds = [Kind::Ext4, Kind::Small, Kind::Ext3];
+    let modes = image::JOURNALLED;
+    let cases: Vec<_> = (1..=count)
+        .map(|seed| {
+            // The remainders are in range.
+            let kind = kinds[(seed % 3) as usize];
+            let mode = modes[(seed / 3 % modes.len() as u64) as usize];
+            (generate::by_chance(kind, mode, 2 + (seed % 2) as usize, seed), tiers::short())
+        })
+        .collect();
+    engine::check_for("two and three operations", &cases, time);
+}
+
+/// ext2: after a repair all that was fsynced is there.
+#[test]
+fn sequences_without_a_journal() {
+    require!("mke2fs", "e2fsck", "debugfs", "dumpe2fs");
+    let stride = tiers::without_journal_stride();
+    let cases: Vec<_> = generate::length_one(Kind::Ext2, DataMode::Ordered)
+        .step_by(stride)
+        .map(|case| (case, tiers::without_journal()))
+        .collect();
+    engine::check("one operation, ext2", &cases);
+}
+
+#[test]
+fn a_damaged_log_is_not_replayed() {
+    require!("mke2fs", "e2fsck", "debugfs", "dumpe2fs");
+    for workload in tiers::DAMAGED {
+        let case = Case::parse(workload, 1).expect("a workload");
+        let (refused, tried) = damage::flip_bits(&case).unwrap_or_else(|why| panic!("{why}"));
+        println!("{case}: {tried} damaged logs, {refused} refused");
+        assert!(refused > 0, "{case}: no damage was seen");
+    }
+}
+
+/// `SEED`, `WORKLOAD`, `CUT` and `UNITS` say which state; without them it is one that must
+/// be good, so that the way there is always tested.
+#[test]
+fn replay() {
+    require!("mke2fs", "e2fsck", "debugfs", "dumpe2fs");
+    let word = |name: &str, default: &str| std::env::var(name).unwrap_or_else(|_| default.into());
+    let seed = word("SEED", "1").parse().expect("SEED is a number");
+    let workload = word("WORKLOAD", "ext4 ordered mkdir A; sync | creat A/foo; fsync A/foo");
+    let (cut, units) = (word("CUT", "blocks:2/blocks:1"), word("UNITS", "0/none"));
+    let judged = minimise::replay(seed, &workload, &cut, &units);
+    assert_eq!(judged, Ok(()), "CUT={cut} UNITS={units}");
 }

@@ -2,14 +2,39 @@
 
 use crate::recorder::Recorder;
 
+/// The workload of a name.
+pub fn find(name: &str) -> Option<fn(&mut Recorder)> {
+    ALL.iter().find(|(one, _)| *one == name).map(|(_, work)| *work)
+}
+
+/// All of them.
+const ALL: &[(&str, fn(&mut Recorder))] = &[
+    ("create_and_fsync", create_and_fsync),
+    ("rename_across_directories", rename_across_directories),
+    ("replace_by_rename", replace_by_rename),
+    ("unlink_while_open", unlink_while_open),
+    ("truncate_and_extend", truncate_and_extend),
+    ("append_and_fsync", append_and_fsync),
+    ("many_small_files", many_small_files),
+    ("attributes_and_acls", attributes_and_acls),
+    ("growing_directory", growing_directory),
+    ("links", links),
+    ("delete_and_reuse", delete_and_reuse),
+    ("deep_extents", deep_extents),
+    ("made_during_commits", made_during_commits),
+    ("blocks_like_the_journals", blocks_like_the_journals),
+    ("delete_and_reuse_small", delete_and_reuse_small),
+    ("log_that_wraps", log_that_wraps),
+    ("long_extents", long_extents),
+];
+
 /// Files that are made, written and synced one by one.
 pub fn create_and_fsync(fs: &mut Recorder) {
     fs.mkdir("d");
     for i in 0..12 {
         let path = format!("d/file-{i}");
         fs.create(&path);
-        let data = fs.bytes(500 + i * 1700);
-        fs.write(&path, 0, &data);
+        fs.write(&path, 0, 500 + i * 1700);
         fs.create(&format!("d/unsynced-{i}"));
         fs.append(&format!("d/unsynced-{i}"), 3000);
         if i % 3 == 2 {
@@ -69,20 +94,20 @@ pub fn unlink_while_open(fs: &mut Recorder) {
         fs.create(&path);
         fs.append(&path, 4096 * (i + 1) + 7);
         fs.fsync(&path);
-        let object = fs.unlink_open(&path);
+        fs.hold(&path);
         fs.append("journal", 100);
         fs.fsync("journal");
-        let data = fs.bytes(6000);
-        fs.write_object(object, 2000, &data);
-        fs.fsync_object(object);
-        open.push(object);
+        let held = format!("@{path}");
+        fs.write(&held, 2000, 6000);
+        fs.fsync(&held);
+        open.push(held);
         if i % 2 == 1 {
-            fs.close(open.remove(0));
+            fs.close(&open.remove(0));
             fs.append("journal", 10);
             fs.fsync("journal");
         }
     }
-    open.into_iter().for_each(|object| fs.close(object));
+    open.iter().for_each(|held| fs.close(held));
     fs.sync();
 }
 
@@ -105,8 +130,7 @@ pub fn truncate_and_extend(fs: &mut Recorder) {
         }
     }
     // Past the direct blocks, and back.
-    let data = fs.bytes(9000);
-    fs.write("a", 5_000_000, &data);
+    fs.write("a", 5_000_000, 9000);
     fs.fsync("a");
     fs.truncate("a", 10_000);
     fs.sync();
@@ -139,33 +163,20 @@ pub fn many_small_files(fs: &mut Recorder) {
     fs.sync();
 }
 
-/// An ACL of these entries: tag, permissions, id.
-fn acl(entries: &[(u16, u16, u32)]) -> Vec<u8> {
-    let mut out = 2u32.to_le_bytes().to_vec();
-    for &(tag, perm, id) in entries {
-        out.extend(tag.to_le_bytes());
-        out.extend(perm.to_le_bytes());
-        out.extend(id.to_le_bytes());
-    }
-    out
-}
-
 /// Attributes in the inode, in a block, shared blocks, and ACLs that are inherited.
 pub fn attributes_and_acls(fs: &mut Recorder) {
-    let none = u32::MAX;
-    let list = [(1, 7, none), (2, 6, 1234), (4, 5, none), (16, 7, none), (32, 4, none)];
     fs.mkdir("d");
-    fs.set_xattr("d", "system.posix_acl_default", &acl(&list));
+    fs.set_acl("d", true);
     for i in 0..8 {
         let path = format!("d/f{i}");
         fs.create(&path);
-        fs.set_xattr(&path, "user.small", &[i as u8; 20]);
+        fs.set_xattr(&path, "user.small", 20, i);
         // The same large value: one block for several files.
-        fs.set_xattr(&path, "user.large", &[b'x'; 700]);
+        fs.set_xattr(&path, "user.large", 700, 99);
         fs.fsync(&path);
-        fs.set_xattr(&path, "user.own", format!("{i}").repeat(100).as_bytes());
-        fs.set_xattr(&path, "system.posix_acl_access", &acl(&list));
-        fs.chmod(&path, 0o640 + i);
+        fs.set_xattr(&path, "user.own", 100, 100 + i);
+        fs.set_acl(&path, false);
+        fs.chmod(&path, 0o640 + i as u32);
         if i > 2 {
             fs.remove_xattr(&format!("d/f{}", i - 1), "user.large");
             fs.unlink(&format!("d/f{}", i - 3));
@@ -202,8 +213,8 @@ pub fn links(fs: &mut Recorder) {
         fs.create(&file);
         fs.append(&file, 5000);
         fs.link(&file, &format!("d/link-{i}"));
-        fs.symlink(&format!("d/short-{i}"), "../target");
-        fs.symlink(&format!("d/long-{i}"), &"long/".repeat(20 + i * 90));
+        fs.symlink(&format!("d/short-{i}"), 9);
+        fs.symlink(&format!("d/long-{i}"), 100 + i * 450);
         fs.fsync(&file);
         fs.unlink(&file);
         fs.rename(&format!("d/long-{i}"), "d/long");
@@ -225,8 +236,7 @@ pub fn delete_and_reuse(fs: &mut Recorder) {
         }
         fs.create(&format!("{dir}/sparse"));
         for i in 0..6 {
-            let data = fs.bytes(2000);
-            fs.write(&format!("{dir}/sparse"), i * 900_000, &data);
+            fs.write(&format!("{dir}/sparse"), i * 900_000, 2000);
         }
         fs.sync();
         for i in 0..6 {
@@ -243,6 +253,56 @@ pub fn delete_and_reuse(fs: &mut Recorder) {
         }
     }
     fs.sync();
+}
+
+/// A tree of extents with two levels of blocks, and back.
+pub fn deep_extents(fs: &mut Recorder) {
+    fs.create("deep");
+    for i in 0..380 {
+        fs.write("deep", i * 2048, 1000);
+        if i % 95 == 94 {
+            fs.fsync("deep");
+        }
+    }
+    for i in (0..380).step_by(19) {
+        fs.write("deep", i * 2048 + 1024, 1000);
+    }
+    fs.fsync("deep");
+    fs.truncate("deep", 300_000);
+    fs.sync();
+    fs.truncate("deep", 2000);
+    fs.append("deep", 5000);
+    fs.fsync("deep");
+}
+
+/// Files made by one thread while another's commit is on its way.
+pub fn made_during_commits(fs: &mut Recorder) {
+    // The first commit of a mount writes a block before it copies any: what changes
+    // then must not reach the log with it.
+    fs.chmod("", 0o750);
+    fs.during("meanwhile", "");
+    fs.mkdir("d");
+    for i in 0..3 {
+        fs.create(&format!("d/old-{i}"));
+        fs.append(&format!("d/old-{i}"), 3000);
+    }
+    fs.sync();
+    for i in 0..6 {
+        fs.rename(&format!("d/old-{}", i % 3), &format!("d/other-{i}"));
+        fs.during(&format!("d/meanwhile-{i}"), "d");
+        fs.rename(&format!("d/other-{i}"), &format!("d/old-{}", i % 3));
+        fs.append(&format!("d/old-{}", i % 3), 2000);
+        fs.fsync(&format!("d/old-{}", i % 3));
+    }
+}
+
+/// Blocks that look like the journal's own.
+pub fn blocks_like_the_journals(fs: &mut Recorder) {
+    for i in 0..4 {
+        fs.magic_symlink(&format!("like-{i}"));
+        fs.create(&format!("file-{i}"));
+        fs.fsync(&format!("file-{i}"));
+    }
 }
 
 /// The same with small blocks.
@@ -280,15 +340,13 @@ pub fn long_extents(fs: &mut Recorder) {
     fs.fsync("large");
     fs.create("pieces");
     for i in 0..40 {
-        let data = fs.bytes(3000);
-        fs.write("pieces", i * 12_288, &data);
+        fs.write("pieces", i * 12_288, 3000);
         if i % 10 == 9 {
             fs.fsync("pieces");
         }
     }
     for i in 0..20 {
-        let data = fs.bytes(4096);
-        fs.write("pieces", i * 24_576 + 4096, &data);
+        fs.write("pieces", i * 24_576 + 4096, 4096);
     }
     fs.fsync("pieces");
     fs.truncate("pieces", 100_000);
