@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::process::Command;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 
 use uext_ext4::DataMode;
 use uext_jbd2::{JournalMap, JournalRun};
@@ -76,8 +76,9 @@ const LARGE_BYTES: u64 = 16 << 20;
 
 /// An image, made once in a run.
 pub fn image(kind: Kind, large: bool) -> Arc<Image> {
-    static MADE: OnceLock<Mutex<Vec<((Kind, bool), Arc<Image>)>>> = OnceLock::new();
-    let mut made = MADE.get_or_init(Mutex::default).lock().expect("no maker panicked");
+    type Made = Vec<((Kind, bool), Arc<Image>)>;
+    static MADE: Mutex<Made> = Mutex::new(Vec::new());
+    let mut made = MADE.lock().expect("no maker panicked");
     if let Some((_, image)) = made.iter().find(|(key, _)| *key == (kind, large)) {
         return image.clone();
     }

@@ -2,13 +2,16 @@
 
 use crate::recorder::Recorder;
 
+/// A workload.
+type Work = fn(&mut Recorder);
+
 /// The workload of a name.
-pub fn find(name: &str) -> Option<fn(&mut Recorder)> {
+pub fn find(name: &str) -> Option<Work> {
     ALL.iter().find(|(one, _)| *one == name).map(|(_, work)| *work)
 }
 
 /// All of them.
-const ALL: &[(&str, fn(&mut Recorder))] = &[
+const ALL: &[(&str, Work)] = &[
     ("create_and_fsync", create_and_fsync),
     ("rename_across_directories", rename_across_directories),
     ("replace_by_rename", replace_by_rename),

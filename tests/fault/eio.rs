@@ -289,7 +289,7 @@ pub fn sweep(name: &str, profile: Profile, image: Image) {
     let most = std::env::var("UEXT_FAULT_POINTS").ok().and_then(|text| text.parse().ok());
     let most: usize = if only.is_some() { 0 } else { most.unwrap_or(POINTS) };
     // An odd stride goes through all operations and ways to fail.
-    let stride = if most == 0 { 1 } else { (all.len() / most).max(1) | 1 };
+    let stride = all.len().checked_div(most).map_or(1, |every| every.max(1) | 1);
     let at = Arc::new(Mutex::new(String::new()));
     let watchdog = Watchdog::start(at.clone());
     let (begin, mut tested, mut failed, mut failures) = (Instant::now(), 0, 0, Vec::new());

@@ -125,7 +125,6 @@ impl Ext4 {
                 csum_v3: sb.features().metadata_csum(),
                 wide: sb.features().bit64(),
                 background: options.background,
-                ..JournalConfig::default()
             };
             Journal::open(device, map, *sb.uuid().as_bytes(), buffers.clone(), config)?
         } else {

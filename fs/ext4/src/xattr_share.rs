@@ -11,10 +11,10 @@
 
 use std::collections::HashMap;
 
-use parking_lot::{Mutex, MutexGuard};
 use uext_jbd2::Handle;
 use uext_ondisk::FsBlock;
 use uext_ondisk::xattr::{REFCOUNT_MAX, XattrArea, set_block_refcount};
+use uext_sync::{Mutex, MutexGuard};
 
 use crate::error::Result;
 use crate::fs::Ext4;
