@@ -4,8 +4,10 @@
 //! and this waits for the daemon either way, so that the image may be used by
 //! somebody else right after.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, umount2};
 use uext_fuse::mount_table::{self, MountEntry};
@@ -31,6 +33,7 @@ pub fn umount(target: &Path, options: UmountOptions) -> Result<(), String> {
     let named = |problem: &str| format!("{}: {problem}", dir.display());
     // Before the unmount: the file goes with the daemon.
     let waiter = MountWaiter::find(&mount, mount.user);
+    let loop_device = OwnLoop::under(&mount);
     if nix::unistd::geteuid().is_root() {
         let mut flags = MntFlags::empty();
         flags.set(MntFlags::MNT_DETACH, options.lazy);
@@ -49,11 +52,47 @@ pub fn umount(target: &Path, options: UmountOptions) -> Result<(), String> {
     if options.lazy && !options.force {
         return Ok(());
     }
-    match waiter {
+    let unmounted = match waiter {
         Some(waiter) => waiter.wait().map_err(|problem| named(&problem)),
         None if mount.fstype.starts_with("fuseblk") => Ok(()),
         None => {
             Err(named("unmounted, but its daemon cannot be found: the image may still be written"))
+        }
+    };
+    if let Some(loop_device) = loop_device {
+        loop_device.wait();
+    }
+    unmounted
+}
+
+/// The loop device that the daemon put over an image. It goes with its last user, who may be
+/// somebody just looking at it; until then mount(8) takes it for one to use again, and fails.
+struct OwnLoop {
+    backing: PathBuf,
+    image: Vec<u8>,
+}
+
+impl OwnLoop {
+    /// Longest wait for who looks at it.
+    const PATIENCE: Duration = Duration::from_secs(2);
+
+    /// One that goes by itself: what the user set up with losetup stays.
+    fn under(mount: &MountEntry) -> Option<Self> {
+        let name = Path::new(&mount.source).strip_prefix("/dev").ok()?;
+        let state = Path::new("/sys/block").join(name).join("loop");
+        let goes = fs::read_to_string(state.join("autoclear")).ok()?.trim() == "1";
+        let backing = state.join("backing_file");
+        let image = fs::read(&backing).ok()?;
+        goes.then_some(Self { backing, image })
+    }
+
+    /// Waits until it is free, or over another image.
+    fn wait(&self) {
+        let begin = Instant::now();
+        while begin.elapsed() < Self::PATIENCE
+            && fs::read(&self.backing).is_ok_and(|image| image == self.image)
+        {
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
 }

@@ -190,3 +190,26 @@ fn an_image_that_may_not_be_written_is_mounted_read_only() {
     assert_eq!(entry.unwrap().source, device.as_os_str());
     assert!(unmounted.status.success(), "{}", said(&unmounted));
 }
+
+/// A mount(8) right after the unmount found the loop device still over the image, because
+/// somebody was looking at it, and failed.
+#[test]
+fn after_an_unmount_no_loop_device_is_over_the_image() {
+    let Some(bench) = Bench::new() else { return };
+    assert!(bench.mount("rw").status.success());
+    let device = bench.entry().unwrap().source;
+    let name = Path::new(&device).file_name().unwrap();
+    let backing = Path::new("/sys/block").join(name).join("loop/backing_file");
+    let image = fs::read(&backing).unwrap();
+    let looking = File::open(&device).unwrap();
+    let looker = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(400));
+        drop(looking);
+    });
+    let unmounted = bench.umount();
+    // By now somebody else may have taken the device.
+    let after = fs::read(&backing).ok();
+    looker.join().unwrap();
+    assert!(unmounted.status.success(), "{}", said(&unmounted));
+    assert_ne!(after, Some(image));
+}
