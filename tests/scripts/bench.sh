@@ -19,5 +19,6 @@ if [ -n "$missing" ]; then
         exit 1
     fi
 fi
+export PYTHONDONTWRITEBYTECODE=1
 out=$(dirname "$(dirname "$uext")")
 exec python3 "$here/../bench/bench.py" --uext "$uext" --json "$out/bench.json" --svg "$out/bench.svg" "$@"
