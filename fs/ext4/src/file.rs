@@ -356,7 +356,7 @@ impl Ext4 {
             let data = &data[..data.len().min(room)];
             self.allow_size(offset + data.len() as u64)?;
             if flags.contains(WriteFlags::KILL_SUIDGID) {
-                kill_suidgid(inode);
+                kill_suidgid(ctx, inode);
             }
             if !flags.contains(WriteFlags::CACHE) {
                 self.kill_capability(inode)?;
@@ -625,10 +625,11 @@ impl Ext4 {
 }
 
 /// Clears the set-id bits that a write by somebody else must not leave.
-fn kill_suidgid(inode: &Inode) {
+fn kill_suidgid(ctx: &Context, inode: &Inode) {
     let mut core = inode.core.lock();
     let mut mode = core.mode & !S_ISUID;
-    if mode & S_IXGRP != 0 {
+    // Without the group's execute bit it stays for members of the group, as far as is known.
+    if mode & S_IXGRP != 0 || (ctx.uid != 0 && ctx.gid != core.gid) {
         mode &= !S_ISGID;
     }
     if mode != core.mode {

@@ -130,7 +130,7 @@ impl Ext4 {
             if kills_suidgid(set) && inode.kind != FileKind::Directory {
                 let executable = core.mode & S_IXGRP != 0;
                 core.mode &= !S_ISUID;
-                if executable || (set.gid.is_some() && !keeps_sgid) {
+                if executable || !keeps_sgid {
                     core.mode &= !S_ISGID;
                 }
             }
@@ -363,6 +363,21 @@ impl FileSystem for Ext4 {
     ) -> uext_vfs::Result<()> {
         let done = self.inode(ino).and_then(|inode| self.sync_inode(&inode, datasync));
         self.edge(ino, done)
+    }
+
+    /// Asked only on mounts that want opens; else what chattr(1)'s flags forbid shows at the
+    /// first write.
+    fn open(&self, _ctx: &Context, ino: Ino, flags: i32) -> uext_vfs::Result<OpenReply> {
+        let inode = self.edge(ino, self.inode(ino))?;
+        let forbids = inode.core.lock().flags;
+        let writes = flags & libc::O_ACCMODE != libc::O_RDONLY;
+        let appends = flags & libc::O_APPEND != 0 && flags & libc::O_TRUNC == 0;
+        if (writes && forbids.contains(InodeFlags::IMMUTABLE))
+            || (writes && !appends && forbids.contains(InodeFlags::APPEND))
+        {
+            return Err(Errno::EPERM);
+        }
+        Ok(OpenReply { keep_cache: true, ..OpenReply::default() })
     }
 
     fn opendir(&self, _ctx: &Context, _ino: Ino) -> uext_vfs::Result<OpenReply> {
