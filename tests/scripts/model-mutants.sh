@@ -56,8 +56,7 @@ shuttle|uext-pagecache|pages|fs/pagecache/src/address_space.rs|s/^        self.w
 shuttle|uext-pagecache|pages|fs/pagecache/src/address_space.rs|s/^            while folio.has(WRITEBACK) {/            while false {/|truncate does not wait for writeback
 shuttle|uext-pagecache|pages|fs/pagecache/src/address_space.rs|s/if self.tags.lock().given_up == given_up {/if given_up < u64::MAX {/|fsync does not see that a write was given up
 shuttle|uext-pagecache|pages|fs/pagecache/src/address_space.rs|s/Err(Some(error)) => self.write_failed.*/Err(Some(_)) => {}/|a failed write leaves the page clean
-shuttle|uext-pagecache|pages|fs/pagecache/src/address_space.rs|s/^        while folio.has(WRITEBACK) {/        while false {/|two writes of a page at once
-shuttle|uext-pagecache|shared|fs/pagecache/src/rmap.rs|s/if let Some(at) = all.iter().position.*/{ all.retain(\|m\| !m.is(mapping)); } if false { let at = 0;/|all equal mappings go with one
+shuttle|uext-pagecache|shared|fs/pagecache/src/rmap.rs|s/if let Some(at) = all/while let Some(at) = all/|all equal mappings go with one
 shuttle|uext-pagecache|shared|fs/pagecache/src/frame.rs|s/        \*self.slot().rmap.lock() = Rmap::None;//|a freed frame keeps its mappings
 shuttle|uext-pagecache|blocks|fs/pagecache/src/buffer.rs|s/^        while self.has(WRITEBACK) {/        while false {/|two writes of a block at once
 shuttle|uext-pagecache|blocks|fs/pagecache/src/buffer.rs|s/!self.has(DIRTY . WRITEBACK)/!self.has(WRITEBACK)/|reclaim drops dirty blocks
