@@ -4,10 +4,15 @@
 
 mod modes_common;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use modes_common::*;
+use uext_blockdev::dm::{LogWrites, SnapshotDevice};
+use uext_blockdev::{Bio, BioOp, BlockDevice, MemoryDevice, QueueLimits};
 use uext_ext4::{DataMode, Ext4};
+use uext_vfs::{FileSystem, Ino, Ioctl, NoCallerMemory, WriteFlags};
 
 const JOURNAL: Option<DataMode> = Some(DataMode::Journal);
 /// What mke2fs makes, with the smallest journal there is.
@@ -141,24 +146,105 @@ fn freed_journalled_data_is_not_replayed_over_what_took_its_blocks() {
     }
 }
 
-/// More blocks freed at once than the revoke blocks of a small log hold: in steps that fit.
+/// More blocks freed at once than a small log can revoke, even when it is empty: in steps that
+/// fit. Unwritten blocks are revoked too, and take no time to make.
 #[test]
 fn deleting_a_large_journalled_file_fits_a_small_log() {
-    for args in SMALL {
-        let disk = Disk::new(image(64, args, &[]), &options(JOURNAL));
+    let disk = Disk::new(image(160, SMALL[0], &[]), &options(JOURNAL));
+    let fill = disk.create("fill");
+    for _ in 0..6 {
         let file = disk.create("file");
-        let piece = pattern(9, 1 << 20);
-        for at in 0..40u64 {
-            assert_eq!(disk.write(file, at << 20, &piece), Ok(piece.len()), "{args:?}");
+        disk.fs.fallocate(&ROOT, file, 0, 140 << 20, 0).unwrap();
+        // Half of the log is in use.
+        for at in 0..5 {
+            disk.write(fill, at << 17, &pattern(at, 100 << 10)).unwrap();
+            disk.fsync(fill);
         }
         disk.unlink("file");
-        let after = disk.create("after");
-        disk.write(after, 0, b"still alive").unwrap();
-        disk.fsync(after);
-        let seen = recovered(disk.crash(), |fs| read(fs, ino(fs, "after")));
-        assert_eq!(seen, b"still alive");
-        disk.check();
     }
+    let after = disk.create("after");
+    disk.write(after, 0, b"still alive").unwrap();
+    disk.fsync(after);
+    let seen = recovered(disk.crash(), |fs| read(fs, ino(fs, "after")));
+    assert_eq!(seen, b"still alive");
+    disk.check();
+}
+
+/// A device on which the log's writes take their time, so that others come in between.
+struct Slow(Arc<MemoryDevice>);
+
+impl BlockDevice for Slow {
+    fn limits(&self) -> &QueueLimits {
+        self.0.limits()
+    }
+
+    fn submit_bio(&self, bio: Bio) {
+        if bio.op() == BioOp::Write && bio.len() > 256 << 10 {
+            std::thread::sleep(Duration::from_millis(4));
+        }
+        self.0.submit_bio(bio);
+    }
+}
+
+/// A commit of several descriptors is under way while its blocks are written again: what it
+/// has not copied yet must still go out as it was. All blocks are written in order, so after a
+/// cut no block is of a later version than one before it.
+#[test]
+fn a_commit_takes_nothing_of_what_is_written_during_it() {
+    const BLOCKS: u64 = 700;
+    let bytes = image(64, &["-t", "ext4", "-b", "4096", "-J", "size=24"], &[]);
+    let base = SnapshotDevice::over_vec(Arc::new(bytes.clone()));
+    let log = LogWrites::new(Arc::new(Slow(MemoryDevice::from_vec(bytes))));
+    let fs = Ext4::mount(log.clone(), "test", &options(JOURNAL)).unwrap();
+    let file = fs.mknod(&ROOT, fs.root(), b"file", 0o100_644, 0).unwrap().attr.ino;
+    let put = |block: u64, version: u64| {
+        let bytes = version.to_le_bytes().repeat(512);
+        fs.write(&ROOT, file, FH, block * 4096, &bytes, WriteFlags::empty()).unwrap();
+    };
+    (0..BLOCKS).for_each(|block| put(block, 0));
+    fs.fsync(&ROOT, file, FH, false).unwrap();
+    let first = log.log().completed_changes();
+    let (stop, written) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let versions = (1..).take_while(|_| !stop.load(Ordering::Relaxed));
+            for version in versions {
+                for block in 0..BLOCKS {
+                    put(block, version);
+                    written.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        });
+        for _ in 0..12 {
+            let seen = written.load(Ordering::Relaxed);
+            while written.load(Ordering::Relaxed) < seen + BLOCKS / 2 {
+                std::thread::yield_now();
+            }
+            fs.fsync(&ROOT, file, FH, false).unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let log = log.log();
+    // Right behind each commit block, the newest that a replay can find.
+    let mut changes: Vec<_> =
+        log.entries.iter().filter(|e| e.is_change() && e.done_before(log.now)).collect();
+    changes.sort_by_key(|entry| entry.completed);
+    let magic = [0xC0, 0x3B, 0x39, 0x98, 0, 0, 0, 2];
+    let commits = changes.iter().enumerate().filter(|(_, e)| e.data.starts_with(&magic));
+    let cuts: Vec<usize> = commits.map(|(at, _)| at + 1).filter(|&cut| cut > first).collect();
+    assert!(cuts.len() >= 4, "{} commits", cuts.len());
+    for cut in cuts {
+        let state = log.prefix(&base, cut).unwrap();
+        let fs = Ext4::mount(state, "after the cut", &options(None)).unwrap();
+        let bytes = read(&fs, ino(&fs, "file"));
+        let versions: Vec<u64> = bytes
+            .chunks(4096)
+            .map(|block| u64::from_le_bytes(block[..8].try_into().unwrap()))
+            .collect();
+        let newer = versions.windows(2).position(|pair| pair[1] > pair[0]);
+        assert_eq!(newer, None, "cut {cut}: a block is newer than the one before");
+    }
+    fs.unmount().unwrap();
 }
 
 /// Blocks of one version each are written again and again while commits run: whatever prefix
@@ -217,6 +303,55 @@ fn a_block_written_again_during_its_commit_is_never_torn() {
             // Written in order, and all of one moment: never newer than a block before it.
             assert!(seen <= last, "cut {count}: block {at} is newer than the one before");
             last = seen;
+        }
+    }
+    disk.check();
+}
+
+/// chattr(1) `+j` and `-j`.
+fn set_j(fs: &Ext4, file: Ino, on: bool) {
+    const FS_IOC_SETFLAGS: u32 = 0x4008_6602;
+    const EXTENTS_AND_J: u32 = 0x0008_4000;
+    let flags = if on { EXTENTS_AND_J } else { EXTENTS_AND_J & !0x4000 };
+    let ioctl = Ioctl {
+        cmd: FS_IOC_SETFLAGS,
+        input: &flags.to_le_bytes(),
+        out_size: 0,
+        arg: 0,
+        caller: &NoCallerMemory,
+    };
+    fs.ioctl(&ROOT, file, FH, &ioctl).unwrap();
+}
+
+/// With `j` the data of a file goes through the log of an ordered mount, without it again past
+/// the log; and what is still in the log then is not replayed over it.
+#[test]
+fn the_j_flag_takes_a_file_into_the_log_and_out_of_it() {
+    let disk = Disk::new(image(16, SMALL[1], &[]), &options(None));
+    let file = disk.create("file");
+    let versions: Vec<Vec<u8>> = (20..24).map(|seed| pattern(seed, 40_000)).collect();
+    let meta_writes = |version: &[u8]| {
+        let log = disk.log.log();
+        let written = writes_of(&disk.log, &version[..64]);
+        let is_meta = |at: usize| log.entries[at].flags.contains(uext_blockdev::BioFlags::META);
+        written.iter().filter(|(_, at)| is_meta(*at)).count()
+    };
+    for (at, in_log) in [(0, 0), (1, 1), (2, 1), (3, 0)] {
+        match at {
+            1 => set_j(&disk.fs, file, true),
+            3 => set_j(&disk.fs, file, false),
+            _ => {}
+        }
+        disk.write(file, 0, &versions[at]).unwrap();
+        disk.fsync(file);
+        assert_eq!(meta_writes(&versions[at]), in_log, "version {at}");
+        let crashed = disk.crash();
+        assert!(
+            recovered(crashed.clone(), |fs| read(fs, ino_of(fs)) == versions[at]),
+            "version {at} is not what a replay leaves"
+        );
+        if let Some(bytes) = kernel_reads(&crashed, "file") {
+            assert!(bytes == versions[at], "version {at}: the kernel's replay");
         }
     }
     disk.check();
