@@ -122,14 +122,14 @@ impl BlockDevice for QuietDevice {
         self.below.submit_bio_wait(bio)
     }
 
-    fn submit_bios_wait(&self, mut bios: Vec<Bio>) -> Vec<Bio> {
+    fn submit_batch_wait(&self, bios: &mut Vec<Bio>) {
         if bios.iter().any(changes)
             && let Err(status) = self.before_write()
         {
             bios.iter_mut().for_each(|bio| bio.set_status(Err(status)));
-            return bios;
+            return;
         }
-        self.below.submit_bios_wait(bios)
+        self.below.submit_batch_wait(bios);
     }
 }
 
