@@ -355,10 +355,12 @@ impl Ext4 {
         let listed =
             self.mark_inode_dirty(&handle, inode).and_then(|()| self.orphan_add(&handle, inode));
         drop(handle);
-        if let Err(error) = listed {
-            self.report(Some(inode.ino), &error);
+        // Nobody has looked it up, so no forget will delete it.
+        for outcome in [listed, self.delete_inode(inode)] {
+            if let Err(error) = outcome {
+                self.report(Some(inode.ino), &error);
+            }
         }
-        self.forget_inode(inode.ino, 0);
     }
 
     /// Makes a regular file without a name, counting a lookup; it is deleted at its last forget
