@@ -112,10 +112,11 @@ impl InodeCache {
         }
     }
 
-    /// Gives back lookups; the inode when none is left and it is in memory.
+    /// Gives back lookups; the inode when none is left and it is in memory. For one that was
+    /// never looked up `count` is 0.
     pub fn forget(&self, ino: InodeNumber, count: u64) -> Option<Arc<Inode>> {
         let mut shard = self.shard(ino).lock();
-        let left = shard.lookups.get(&ino)?.saturating_sub(count);
+        let left = shard.lookups.get(&ino).map_or(0, |lookups| lookups.saturating_sub(count));
         if left > 0 {
             shard.lookups.insert(ino, left);
             return None;
