@@ -79,6 +79,9 @@ impl Chunk {
 /// The journal's superblock.
 struct Superblock {
     bytes: Vec<u8>,
+    /// What it is written from; kept, so that moving the tail needs no memory.
+    memory: Arc<AlignedBuf>,
+    batch: Vec<Bio>,
     /// `s_start` on disk is 0: the next commit must change that first.
     empty: bool,
 }
@@ -108,6 +111,12 @@ impl Log {
         let mut bytes = location.read(map.superblock())?;
         edit_superblock_with(&mut bytes, |raw| set_features(raw, &old, config))?;
         let sb = JournalSuperblock::parse(&bytes)?;
+        let superblock = Superblock {
+            memory: Arc::new(AlignedBuf::new(bytes.len())),
+            batch: Vec::with_capacity(1),
+            bytes,
+            empty: true,
+        };
         let log = Self {
             device,
             map,
@@ -118,7 +127,7 @@ impl Log {
             seed: sb.csum_seed(),
             barrier: config.barrier,
             fs_uuid,
-            superblock: Mutex::new(Superblock { bytes, empty: true }),
+            superblock: Mutex::new(superblock),
             chunk: Mutex::new(Some(Chunk::new())),
             bios: BioSet::reserve_only(MAX_BIOS, 1),
         };
@@ -185,10 +194,20 @@ impl Log {
         let at = self.map.superblock();
         let location =
             JournalLocation { device: &*self.device, map: &self.map, block_size: self.block_size };
-        let offset = location.byte_offset(at)?;
-        self.device
-            .write_at(offset, &sb.bytes, self.flags(durably(preflush, true)))
-            .map_err(|status| JournalError::io(IoWhat::WriteLog, at.into(), status))
+        let sector = Sector::from_byte_offset(location.byte_offset(at)?);
+        if Arc::get_mut(&mut sb.memory).is_none() {
+            // A device that records kept the memory of a finished bio: leave it that.
+            sb.memory = Arc::new(AlignedBuf::new(sb.bytes.len()));
+        }
+        let memory = Arc::get_mut(&mut sb.memory).expect("just found or made unshared");
+        memory.copy_from_slice(&sb.bytes);
+        let flags = self.flags(durably(preflush, true));
+        let mut bio = self.bios.alloc(BioOp::Write, flags, sector);
+        bio.add_vec(BioVec::whole(sb.memory.clone()));
+        sb.batch.push(bio);
+        self.device.submit_batch_wait(&mut sb.batch);
+        let ended = sb.batch.drain(..).map(|bio| bio.status()).fold(Ok(()), BlkResult::and);
+        ended.map_err(|status| JournalError::io(IoWhat::WriteLog, at.into(), status))
     }
 
     /// Says where the log begins.
