@@ -67,6 +67,7 @@ crash_tests! {
     log_that_wraps: Small;
     deep_extents: Small;
     made_during_commits: Ext4;
+    written_in_place: Small;
     blocks_like_the_journals: Small;
 }
 

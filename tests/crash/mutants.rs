@@ -55,6 +55,9 @@ const LIMIT: Duration = Duration::from_secs(240);
 /// Everything, in the order in which defects are found soonest.
 fn cases() -> Vec<(Case, crate::cuts::Budget)> {
     let fixed = FIXED.iter().map(|&(kind, name)| (Case::fixed(kind, name), tiers::fixed()));
+    let journalled = FIXED.iter().map(|&(kind, name)| {
+        (Case { mode: DataMode::Journal, ..Case::fixed(kind, name) }, tiers::journalled())
+    });
     let kinds = [Kind::Ext4, Kind::Small, Kind::Ext3];
     let short = kinds.iter().flat_map(|&kind| {
         let modes = JOURNALLED.iter();
@@ -62,6 +65,7 @@ fn cases() -> Vec<(Case, crate::cuts::Budget)> {
     });
     let without = generate::length_one(Kind::Ext2, DataMode::Ordered).step_by(37);
     fixed
+        .chain(journalled)
         .chain(without.map(|case| (case, tiers::without_journal())))
         .chain(short.map(|case| (case, tiers::short())))
         .collect()

@@ -327,8 +327,8 @@ impl Recorder {
         Ok(())
     }
 
-    /// Makes a file in another thread while the commit of `op` is about to write its first
-    /// block, if it writes any.
+    /// Makes a directory in another thread while the commit of `op` is about to write its first
+    /// block, if it writes any. What a crash must not show of it is its parent's count of links.
     fn during_op(&mut self, op: &Op, path: &str) -> Done {
         let (Op::Fsync(_) | Op::Fdatasync(_) | Op::Sync) = op else { return Err(Stop::Nonsense) };
         let (dir, name) = self.split_new(path)?;
@@ -336,7 +336,7 @@ impl Recorder {
         let name = name.to_vec();
         let intrude = move || {
             let begun = device.mark("meanwhile");
-            let made = fs.mknod(&ROOT, dir, &name, libc::S_IFREG | 0o666, 0);
+            let made = fs.mkdir(&ROOT, dir, &name, 0o777);
             (begun, made)
         };
         let (give, take) = std::sync::mpsc::channel();
@@ -348,7 +348,7 @@ impl Recorder {
         self.intruder.disarm();
         done?;
         let Ok((begun, made)) = take.try_recv() else { return Ok(()) };
-        let entry = made.map_err(refused("mknod during a commit"))?;
+        let entry = made.map_err(refused("mkdir during a commit"))?;
         self.begun = begun;
         self.made(path, &entry);
         Ok(())
