@@ -41,9 +41,12 @@ fn assert_same_replay(image: &Path) -> RecoveryReport {
     report.unwrap()
 }
 
-/// An image of the corpus, unpacked into `dir`; `None`, loudly, when it is not there.
+/// An image of the damaged journals in `UEXT_CORPUS`, unpacked into `dir`; `None`, loudly, when
+/// it is not there.
 fn corpus(dir: &Path, name: &str) -> Option<PathBuf> {
-    let packed = Path::new("/work/shared/corpus/journal").join(name);
+    let beside = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/corpus");
+    let root = std::env::var_os("UEXT_CORPUS").map_or_else(|| beside.into(), PathBuf::from);
+    let packed = root.join("journal").join(name);
     if !packed.exists() {
         {
             use std::io::Write as _;
