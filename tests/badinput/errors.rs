@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use uext_tests::mounts::UextMount;
+use uext_tests::mounts::{UextMount, try_unmount, unmount};
 use uext_tests::scratch::{KINDS, Scratch};
 use uext_tests::{require, run};
 
@@ -48,7 +48,7 @@ fn errors_remount_ro_shows_in_proc_mounts_and_at_the_next_mount() {
     let line = table.lines().find(|line| line.contains(dir.to_str().expect("UTF-8")));
     assert!(line.is_some_and(|line| line.contains("nosuid") && line.contains("nodev")), "{line:?}");
     // The unmount says that it is not clean, which is what `run` of the harness refuses.
-    let _ = Command::new("umount").arg(&dir).status();
+    let _ = try_unmount(Command::new("umount").arg(&dir));
     drop(mount);
 
     let since = Instant::now();
@@ -59,6 +59,6 @@ fn errors_remount_ro_shows_in_proc_mounts_and_at_the_next_mount() {
         }
         std::thread::sleep(Duration::from_millis(100));
     };
-    run(Command::new("umount").arg(&dir));
+    unmount(Command::new("umount").arg(&dir));
     assert!(again.contains("errors recorded earlier: 1, first"), "{again:?}");
 }

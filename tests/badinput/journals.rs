@@ -7,7 +7,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use uext_tests::mounts::{KernelMount, UextMount};
+use uext_tests::mounts::{KernelMount, UextMount, unmount};
 use uext_tests::require;
 use uext_tests::scratch::Scratch;
 use uext_tests::tree::{assert_same, listing};
@@ -69,7 +69,7 @@ fn damaged_journals_are_replayed_as_by_e2fsck_or_refused() {
             refused += 1;
             continue;
         }
-        uext_tests::run(Command::new(uext_tests::uext()).arg("umount").arg(&mnt));
+        unmount(Command::new(uext_tests::uext()).arg("umount").arg(&mnt));
         unpack(image, &theirs);
         assert!(e2fsck(&theirs) < Some(2));
         let want = tree(&theirs);

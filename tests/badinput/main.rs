@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use uext_tests::mounts::{KernelMount, UextMount};
+use uext_tests::mounts::{KernelMount, UextMount, unmount};
 use uext_tests::scratch::{KINDS, Scratch};
 use uext_tests::tree::{Rng, Size, fill};
 use uext_tests::{require, uext};
@@ -157,7 +157,7 @@ fn flipped_bytes_neither_crash_nor_hang_nor_write() {
             );
             let walked = Command::new("timeout").args(["60", "bash", "-c", &walk]).output();
             assert!(walked.expect("walk").status.success(), "the daemon died or hangs");
-            uext_tests::run(Command::new("timeout").arg("30").arg(uext()).arg("umount").arg(&dir));
+            unmount(Command::new("timeout").arg("30").arg(uext()).arg("umount").arg(&dir));
         } else {
             assert_eq!(output.status.code(), Some(EXIT_FAILURE), "{text}");
             assert_eq!(text.lines().count(), 1, "not one line: {text}");

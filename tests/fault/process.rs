@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use uext_tests::mounts::{try_unmount, unmount};
 use uext_tests::scratch::{Kind, Scratch, assert_clean};
 use uext_tests::tree::Rng;
 use uext_tests::{run, uext};
@@ -129,6 +130,30 @@ struct Logged {
 }
 
 impl Logged {
+    /// What is known of a byte that no version has: how far it goes on, and what was there.
+    fn describe(&self, found: &[u8], at: usize) -> String {
+        let wrong = |at: &usize| {
+            let byte = found[*at];
+            (byte != 0 || *at < self.versions[0].len())
+                && !self.versions.iter().any(|v| v.get(*at).copied().unwrap_or(0) == byte)
+        };
+        let end = (at..found.len()).take_while(wrong).last().unwrap_or(at) + 1;
+        let all = (0..found.len()).filter(wrong).count();
+        let versions: Vec<String> = self
+            .versions
+            .iter()
+            .map(|v| format!("{}:{:x?}", v.len(), v.get(at).copied().unwrap_or(0)))
+            .collect();
+        format!(
+            "{}: bytes {at}..{end} of {} ({all} in all) are in no version; byte {at} is {:#x}; \
+             versions since the last fsync, size and byte: {}",
+            self.name,
+            found.len(),
+            found[at],
+            versions.join(" ")
+        )
+    }
+
     /// Whether a file found after a kill is one that fsync and later writes allow.
     fn check(&self, dir: &Path) -> Result<(), String> {
         let floor = &self.versions[0];
@@ -146,7 +171,7 @@ impl Logged {
         for (at, byte) in found.iter().enumerate() {
             let beyond = *byte == 0 && at >= floor.len();
             if !beyond && !self.versions.iter().any(|v| v.get(at).copied().unwrap_or(0) == *byte) {
-                return Err(format!("{}: byte {at} is {byte:#x}", self.name));
+                return Err(self.describe(&found, at));
             }
         }
         Ok(())
@@ -261,7 +286,7 @@ pub fn kills(kind: Kind, options: &str) {
         if kill % 5 == 0 || kill == count {
             // The next mount replays the journal; what it leaves must be in order.
             let daemon = Daemon::start(&image, &dir, &log, options);
-            run(Command::new(uext()).arg("umount").arg(&dir));
+            unmount(Command::new(uext()).arg("umount").arg(&dir));
             assert!(daemon.wait().success());
             assert_clean(&image);
         }
@@ -270,7 +295,7 @@ pub fn kills(kind: Kind, options: &str) {
     for client in &mut clients {
         client.resume(&dir).unwrap_or_else(|error| panic!("the last kill lost data: {error}"));
     }
-    run(Command::new(uext()).arg("umount").arg(&dir));
+    unmount(Command::new(uext()).arg("umount").arg(&dir));
     assert!(daemon.wait().success());
     assert_clean(&image);
     assert_no_loop(&image);
@@ -339,7 +364,7 @@ pub fn aborted_connection(kind: Kind) {
     let daemon = Daemon::start(&image, &was_mounted, &log, "");
     assert_eq!(fs::read(dir.join("kept")).expect("read a file"), vec![9; 300_000]);
     client.resume(&dir).unwrap_or_else(|error| panic!("lost: {error}"));
-    run(Command::new(uext()).arg("umount").arg(&dir));
+    unmount(Command::new(uext()).arg("umount").arg(&dir));
     assert!(daemon.wait().success());
     assert_clean(&image);
 }
@@ -375,7 +400,7 @@ pub fn prepared_for_pressure(kind: Kind) {
             rest.split_whitespace().nth(6).and_then(|f| f.parse().ok()).expect("flags");
         assert!(flags & NO_IO != 0, "{name}) is no I/O flusher: {flags:#x}");
     }
-    run(Command::new(uext()).arg("umount").arg(&dir));
+    unmount(Command::new(uext()).arg("umount").arg(&dir));
     assert!(daemon.wait().success());
 }
 
@@ -390,7 +415,7 @@ pub fn dirty_unmount(kind: Kind, options: &str) {
     for (index, bytes) in bytes.iter().enumerate() {
         fs::write(dir.join(format!("file{index}")), bytes).expect("write a file");
     }
-    run(Command::new("umount").arg(&dir));
+    unmount(Command::new("umount").arg(&dir));
     assert_clean(&image);
     assert!(daemon.wait().success());
     assert_no_loop(&image);
@@ -399,7 +424,7 @@ pub fn dirty_unmount(kind: Kind, options: &str) {
         let found = fs::read(dir.join(format!("file{index}"))).expect("read a file");
         assert!(found == *bytes, "file{index} differs");
     }
-    run(Command::new(uext()).arg("umount").arg(&dir));
+    unmount(Command::new(uext()).arg("umount").arg(&dir));
     assert!(daemon.wait().success());
 }
 
@@ -465,7 +490,7 @@ pub fn eio_at_unmount(kind: Kind) {
     if let Err(error) = fs::write(dir.join("lost"), vec![2; 3_000_000]) {
         assert_eq!(error.raw_os_error(), Some(libc::EROFS), "{error}");
     }
-    let unmounted = Command::new(uext()).arg("umount").arg(&dir).output().expect("run umount");
+    let unmounted = try_unmount(Command::new(uext()).arg("umount").arg(&dir));
     assert!(!unmounted.status.success(), "the unmount says that all is well");
     let status = daemon.wait();
     assert_eq!(status.code().map(|code| code != 0), Some(true), "{status}");
@@ -477,6 +502,6 @@ pub fn eio_at_unmount(kind: Kind) {
     let daemon = Daemon::start(Path::new(&disk.device), &dir, &log, "");
     let found = fs::read(dir.join("before")).expect("read a file");
     assert!(found == vec![1; 100_000], "an fsynced file is damaged");
-    run(Command::new(uext()).arg("umount").arg(&dir));
+    unmount(Command::new(uext()).arg("umount").arg(&dir));
     assert!(daemon.wait().success());
 }

@@ -18,6 +18,7 @@ use uext_ondisk::features::{Incompat, RoCompat};
 use uext_ondisk::orphan_file;
 use uext_ondisk::superblock::{SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, Superblock};
 
+use crate::mounts::unmount;
 use crate::run;
 
 /// Blocks of an inode, by debugfs: mapping blocks among them.
@@ -136,7 +137,7 @@ impl Replays {
             .output()
             .expect("run mount");
         if mount.status.success() {
-            run(Command::new("umount").arg(&at));
+            unmount(Command::new("umount").arg(&at));
         }
         run(Command::new("losetup").args(["-d", &device]));
         if !mount.status.success() {

@@ -1,25 +1,31 @@
 //! Mounts by the kernel's ext4 and by uext, released when dropped.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::time::Duration;
 
 use crate::{run, uext};
 
-/// Unmounts. A process that another test is just starting has this one's open files until
-/// its exec, so a mount that is busy is tried again for a while.
-#[track_caller]
-fn unmount(command: &mut Command) {
-    const TRIES: usize = 100;
-    for attempt in 1..=TRIES {
+/// What an unmount came to. A process that another test is just starting has this one's open
+/// files until its exec, so a mount that is busy is tried again for a while.
+pub fn try_unmount(command: &mut Command) -> Output {
+    const TRIES: usize = 200;
+    for _ in 1..TRIES {
         let output = command.output().expect("run the program");
-        if output.status.success() {
-            return;
+        if output.status.success() || !String::from_utf8_lossy(&output.stderr).contains("busy") {
+            return output;
         }
-        let text = String::from_utf8_lossy(&output.stderr);
-        assert!(text.contains("busy") && attempt < TRIES, "{command:?}: {}\n{text}", output.status);
         std::thread::sleep(Duration::from_millis(50));
     }
+    command.output().expect("run the program")
+}
+
+/// [`try_unmount`] that succeeds.
+#[track_caller]
+pub fn unmount(command: &mut Command) {
+    let output = try_unmount(command);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {}\n{text}", output.status);
 }
 
 /// An image mounted by the kernel over a loop device.
