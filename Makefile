@@ -90,7 +90,7 @@ bench: all ## Compare with kernel ext4 and fuse2fs (root)
 	@tests/scripts/bench.sh $(UEXT) $(BENCH_ARGS)
 
 bench-micro: ## Time the hot parts alone (criterion)
-	$(CARGO) bench -p uext-tests --bench micro
+	$(CARGO) bench -p uext-tests --bench micro --bench locks
 
 test-uring: ## The tests of mounts, over FUSE over io_uring (root)
 	@tests/scripts/test-uring.sh $(CARGO)

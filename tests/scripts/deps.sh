@@ -21,6 +21,7 @@ need setcap libcap2-bin
 need sqlite3 sqlite3
 need bzip2 bzip2
 need git git
+need strace strace
 
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then

@@ -74,6 +74,11 @@ shuttle|uext-jbd2|model|fs/jbd2/src/commit.rs|s/writer.revokes(.*/let _ = \&mut 
 shuttle|uext-jbd2|model|fs/jbd2/src/commit.rs|s/drop(self.home_io.lock());//|a freed block may still be on its way home
 shuttle|uext-jbd2|model|fs/jbd2/src/log.rs|/pub(crate) fn commit(mut self)/,/^    }/s/BioFlags::PREFLUSH . BioFlags::FUA/BioFlags::FUA/|the commit block overtakes its transaction
 shuttle|uext-jbd2|model|fs/jbd2/src/log.rs|/fn write_superblock(/,/^    }/s/BioFlags::PREFLUSH . BioFlags::FUA/BioFlags::FUA/|the tail moves before blocks are home for certain
+loom|uext-drive-sys|loom|tools/drive-sys/src/mutex.rs|s/            mine = tid . WAITERS;//|who has slept takes the mutex without the mark
+loom|uext-drive-sys|loom|tools/drive-sys/src/mutex.rs|s/if old & WAITERS != 0 {/if false {/|giving the mutex up wakes nobody
+loom|uext-drive-sys|loom|tools/drive-sys/src/word.rs|s/self.value.swap(value, Ordering::AcqRel)/self.value.swap(value, Ordering::Relaxed)/|giving the mutex up releases nothing
+loom|uext-drive-sys|loom|tools/drive-sys/src/gate.rs|s/CLOSED if !self.word.replace(CLOSED, AWAITED) => continue,//|nobody marks that it waits at the gate
+loom|uext-drive-sys|loom|tools/drive-sys/src/barrier.rs|s/let complete = .*/let complete = false;/|a departure does not end the round
 EOF
 echo "$caught caught, $missed not"
 [ "$missed" = 0 ]

@@ -14,5 +14,5 @@ run() {
         "${CARGO:-cargo}" test -q --locked --lib "$@"
 }
 
-run loom -p uext-blockdev -p uext-pagecache loom
+run loom -p uext-blockdev -p uext-pagecache -p uext-drive-sys loom
 run shuttle -p uext-pagecache -p uext-jbd2 model
