@@ -15,6 +15,7 @@ use uext_ext4::{Ext4, MountOptions};
 use uext_vfs::FileSystem;
 
 use crate::bench_dev::{self, BenchDevArgs};
+use crate::drive::{self, DriveArgs};
 use crate::mount::{self, Mount};
 use crate::mount_options::{self, MountRequest};
 use crate::remount::Remount;
@@ -48,6 +49,8 @@ enum Command {
     Umount(UmountArgs),
     /// Compare the engines of the block layer on a file or device
     BenchDev(BenchDevArgs),
+    /// Load a filesystem, file or device with many clients, and verify all they read
+    Drive(Box<DriveArgs>),
 }
 
 /// Arguments that another part of the program reads.
@@ -220,6 +223,7 @@ fn run(command: Command) -> i32 {
             let options = UmountOptions { lazy: args.lazy, force: args.force };
             report(umount::umount(&args.target, options).map_err(Failure::Failed))
         }
+        Command::Drive(args) => drive::main(&args),
         Command::BenchDev(args) => report(bench_dev::run(&args).map_err(Failure::Failed)),
     }
 }

@@ -3,6 +3,7 @@
 
 pub mod bench_dev;
 pub mod cli;
+pub mod drive;
 pub mod fsck;
 pub mod logging;
 pub mod mkfs;
