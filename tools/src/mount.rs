@@ -157,10 +157,7 @@ fn serve(
     if !mount.request.ignored.is_empty() {
         log::info!("options without a meaning here: {}", mount.request.ignored.join(","));
     }
-    let front = Front::start(&source, &dir, &mut mount.request, opener)?;
-    let state = MountState::create(front.device(&dir), &source, &dir)
-        .inspect_err(|error| log::warn!("nobody will be able to wait for the unmount: {error}"))
-        .ok();
+    let (front, state) = Front::start(&source, &dir, &mut mount.request, opener)?;
     end_on_signal(signals, front.stopper());
     live()?;
     log::info!("{} is mounted on {}", source.display(), dir.display());
@@ -187,7 +184,7 @@ impl Front {
         dir: &Path,
         request: &mut MountRequest,
         opener: Opener,
-    ) -> Result<Self, String> {
+    ) -> Result<(Self, Option<MountState>), String> {
         let portable = request.portable || !nix::unistd::geteuid().is_root();
         let (device, pending) = open(source, request, portable)?;
         let name = source.to_string_lossy();
@@ -196,21 +193,30 @@ impl Front {
         let shown = dir.to_owned();
         fs.on_read_only(Box::new(move || shown::show_read_only(shown.clone())));
         let on = |error: io::Error| format!("{}: {error}", dir.display());
-        match pending {
-            Some(pending) => {
-                let pending = pending.after_unmount(move || device.release_claim());
-                pending.serve(fs, dir).map(Self::Own).map_err(on)
-            }
-            None => FuserMount::new(fs, &name, dir, &request.fuse).map(Self::Portable).map_err(on),
-        }
-    }
-
-    fn device(&self, dir: &Path) -> (u32, u32) {
-        match self {
-            Self::Own(session) => session.device(),
-            Self::Portable(_) => {
-                let mount = mount_table::mount_at(dir).ok().flatten();
-                mount.map_or((0, 0), |mount| mount.device)
+        let Some(pending) = pending else {
+            let front = FuserMount::new(fs, &name, dir, &request.fuse).map_err(on)?;
+            let mount = mount_table::mount_at(dir).ok().flatten();
+            let state = leave_word(mount.map_or((0, 0), |mount| mount.device), source, dir);
+            return Ok((Self::Portable(front), state));
+        };
+        // Who sees the mount finds the word of it too, not that of a dead one with its number.
+        let (to_us, word) = std::sync::mpsc::channel();
+        let place = (source.to_owned(), dir.to_owned());
+        let served = pending
+            .after_unmount(move || device.release_claim())
+            .before_attach(move |number| {
+                let _ = to_us.send(leave_word(number, &place.0, &place.1));
+            })
+            .serve(fs, dir);
+        let state = word.try_recv().ok().flatten();
+        match served {
+            Ok(session) => Ok((Self::Own(session), state)),
+            Err(error) => {
+                let problem = on(error);
+                if let Some(state) = state {
+                    state.finish(Err(problem.clone()));
+                }
+                Err(problem)
             }
         }
     }
@@ -228,6 +234,13 @@ impl Front {
             Self::Portable(mount) => mount.wait(),
         }
     }
+}
+
+/// What `uext umount` waits by; the mount works without it.
+fn leave_word(device: (u32, u32), source: &Path, dir: &Path) -> Option<MountState> {
+    MountState::create(device, source, dir)
+        .inspect_err(|error| log::warn!("nobody will be able to wait for the unmount: {error}"))
+        .ok()
 }
 
 enum AnyStopper {

@@ -176,7 +176,11 @@ pub struct Pending {
     /// bdi names of block-backed FUSE filesystems have a suffix.
     block: bool,
     after: Option<AfterUnmount>,
+    before: Option<BeforeAttach>,
 }
+
+/// Called with the mount's device number, major and minor.
+type BeforeAttach = Box<dyn FnOnce((u32, u32)) + Send>;
 
 impl Pending {
     /// Makes the superblock and claims the source. Needs root.
@@ -226,7 +230,7 @@ impl Pending {
         context.create()?;
         // The superblock holds the loop device from here on.
         drop(token);
-        Ok(Self { device, context, config: config.clone(), block, after: None })
+        Ok(Self { device, context, config: config.clone(), block, after: None, before: None })
     }
 
     /// Has `after` run once the filesystem has unmounted, well or not, and before
@@ -237,6 +241,13 @@ impl Pending {
         self
     }
 
+    /// Has `before` run when the mount's device number is known and nobody can see the mount yet.
+    #[must_use]
+    pub fn before_attach(mut self, before: impl FnOnce((u32, u32)) + Send + 'static) -> Self {
+        self.before = Some(Box::new(before));
+        self
+    }
+
     /// Starts serving `fs` and attaches the mount at `dir`, an absolute path.
     ///
     /// On failure `fs` was unmounted.
@@ -244,7 +255,7 @@ impl Pending {
     /// # Errors
     /// Those of the protocol's start and of attaching.
     pub fn serve(self, fs: Arc<dyn FileSystem>, dir: &Path) -> io::Result<Session> {
-        let Self { device, context, config, block, after } = self;
+        let Self { device, context, config, block, after, before } = self;
         let root = fs.root();
         let mut attributes = config.attributes;
         attributes.set(MountAttr::RDONLY, config.read_only || fs.capabilities().read_only);
@@ -271,7 +282,7 @@ impl Pending {
             mount_point: dir.to_owned(),
             device: (0, 0),
         };
-        match attach(&context, attributes, &config, block, dir) {
+        match attach(&context, attributes, &config, block, dir, before) {
             Ok(device) => {
                 session.device = device;
                 Ok(session)
@@ -297,6 +308,7 @@ fn attach(
     config: &Config,
     block: bool,
     dir: &Path,
+    before: Option<BeforeAttach>,
 ) -> io::Result<(u32, u32)> {
     let mount = context.mount(attributes)?;
     let device = mount.device()?;
@@ -313,6 +325,9 @@ fn attach(
     };
     tune("read_ahead_kb", config.read_ahead_kb);
     tune("max_ratio", max_ratio.map(u32::from));
+    if let Some(before) = before {
+        before(device);
+    }
     mount.attach(dir)?;
     Ok(device)
 }
