@@ -3,7 +3,8 @@
 //!
 //! `ext4 ordered 7 fixed links` is a fixed one; `ext4 ordered 7 mkdir A; sync | creat A/foo;
 //! fsync A/foo` says its operations, and what stands before `|` only prepares: its cuts are
-//! not looked at. A `+` behind the image's name means the large one.
+//! not looked at. A `+` behind the image's name means the large one,
+//! `,apart` behind the mode that every journal handle is committed before the next begins.
 
 use std::fmt;
 
@@ -30,6 +31,9 @@ pub struct Case {
     /// The image is the large one.
     pub large: bool,
     pub mode: DataMode,
+    /// Each handle of the journal is a transaction of its own: what an operation of several
+    /// leaves between them is on the disk once.
+    pub apart: bool,
     pub seed: u64,
     pub work: Work,
 }
@@ -38,7 +42,7 @@ impl Case {
     /// A fixed workload in the default mode.
     pub fn fixed(kind: Kind, name: &str) -> Self {
         let work = Work::Fixed(name.to_owned());
-        Self { kind, large: true, mode: DataMode::Ordered, seed: 1, work }
+        Self { kind, large: true, mode: DataMode::Ordered, apart: false, seed: 1, work }
     }
 
     /// Runs it.
@@ -47,7 +51,7 @@ impl Case {
     /// What the filesystem refused.
     pub fn record(&self) -> Result<Recording, String> {
         let image = image(self.kind, self.large);
-        let mut recorder = Recorder::new(&image, self.mode, self.seed)?;
+        let mut recorder = Recorder::new(&image, self.mode, self.apart, self.seed)?;
         let (before, ops) = match &self.work {
             Work::Fixed(name) => {
                 workloads::find(name).ok_or_else(|| format!("no workload {name}"))?(&mut recorder);
@@ -76,6 +80,7 @@ impl Case {
         let (kind, large) = kind.strip_suffix('+').map_or((kind, false), |kind| (kind, true));
         let kind = Kind::from_name(kind).ok_or_else(|| format!("no image is called {kind}"))?;
         let mode = word()?;
+        let (mode, apart) = mode.strip_suffix(",apart").map_or((mode, false), |mode| (mode, true));
         let mode = MODES.iter().find(|(_, name)| *name == mode).map(|(mode, _)| *mode);
         let mode = mode.ok_or_else(|| format!("`{text}` names no mode"))?;
         let rest = word()?;
@@ -86,7 +91,7 @@ impl Case {
                 Work::Ops { before: parse_all(before)?, ops: parse_all(ops)? }
             }
         };
-        Ok(Self { kind, large, mode, seed, work })
+        Ok(Self { kind, large, mode, apart, seed, work })
     }
 }
 
@@ -103,7 +108,8 @@ fn persists(op: &Op) -> bool {
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let plus = if self.large { "+" } else { "" };
-        write!(f, "{}{plus} {} ", self.kind.name(), mode_name(self.mode))?;
+        let apart = if self.apart { ",apart" } else { "" };
+        write!(f, "{}{plus} {}{apart} ", self.kind.name(), mode_name(self.mode))?;
         match &self.work {
             Work::Fixed(name) => write!(f, "fixed {name}"),
             Work::Ops { before, ops } if before.is_empty() => f.write_str(&format_all(ops)),

@@ -366,7 +366,7 @@ impl<'a> Court<'a> {
 /// How it failed.
 pub fn recovery_log(disk: &Arc<SnapshotDevice>, case: &Case) -> Result<WriteLog, String> {
     let device = LogWrites::new(disk.fork());
-    let fs = Ext4::mount(device.clone(), "recovery", &options(case.mode))
+    let fs = Ext4::mount(device.clone(), "recovery", &options(case.mode, case.apart))
         .map_err(|error| format!("mount: {error}"))?;
     let log = device.log();
     fs.unmount().map_err(|error| format!("unmount: {error:?}"))?;

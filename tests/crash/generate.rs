@@ -166,7 +166,7 @@ fn steps() -> Vec<Step> {
 }
 
 fn case(kind: Kind, mode: DataMode, seed: u64, before: Vec<Op>, ops: Vec<Op>) -> Case {
-    Case { kind, large: false, mode, seed, work: Work::Ops { before, ops } }
+    Case { kind, large: false, mode, apart: false, seed, work: Work::Ops { before, ops } }
 }
 
 fn directories() -> Vec<Op> {

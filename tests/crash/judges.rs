@@ -29,7 +29,7 @@ pub fn ours(
     history: &History,
     time: u64,
 ) -> Result<(), String> {
-    let fs = Ext4::mount(disk.clone(), "after the cut", &options(mode))
+    let fs = Ext4::mount(disk.clone(), "after the cut", &options(mode, false))
         .map_err(|error| format!("mount: {error}"))?;
     let (tree, inos) = walk(&*fs);
     let judged = history.judge(time, &tree, &mut |path| read_all(&*fs, inos[path]));
@@ -60,7 +60,9 @@ pub fn any_moment(
     mode: DataMode,
     history: &History,
 ) -> Result<bool, String> {
-    let Ok(fs) = Ext4::mount(disk.clone(), "damaged", &options(mode)) else { return Ok(false) };
+    let Ok(fs) = Ext4::mount(disk.clone(), "damaged", &options(mode, false)) else {
+        return Ok(false);
+    };
     let (tree, _) = walk(&*fs);
     let judged = history.judge_names(&tree);
     fs.unmount().map_err(|error| format!("unmount: {error:?}"))?;
@@ -167,7 +169,7 @@ impl Kernel {
         clean(&self.path(), "after its repair")?;
         let repaired = std::fs::read(self.path()).expect("read the disk's file");
         let device = SnapshotDevice::over_vec(Arc::new(repaired));
-        let options = MountOptions { read_only: true, ..options(DataMode::Ordered) };
+        let options = MountOptions { read_only: true, ..options(DataMode::Ordered, false) };
         let fs = Ext4::mount(device, "after the repair", &options)
             .map_err(|error| format!("mount after the repair: {error}"))?;
         let (tree, inos) = walk(&*fs);

@@ -84,6 +84,29 @@ fn journalled_data() {
     engine::check("fixed workloads, data=journal", &cases);
 }
 
+/// The fixed workloads and sequences of one operation, where every journal handle is committed
+/// alone: an operation of several handles leaves something mountable between any two.
+#[test]
+fn each_handle_is_committed() {
+    require!("mke2fs", "e2fsck", "debugfs", "dumpe2fs");
+    let apart = |case: Case| (Case { apart: true, ..case }, tiers::apart());
+    for mode in tiers::modes_apart() {
+        let fixed = FIXED.iter().map(|&(kind, name)| Case { mode, ..Case::fixed(kind, name) });
+        let cases: Vec<_> = fixed.map(apart).collect();
+        engine::check(
+            &format!("fixed workloads, handles apart, {}", image::mode_name(mode)),
+            &cases,
+        );
+    }
+    for (kind, mode) in tiers::filesystems() {
+        let cases: Vec<_> =
+            generate::length_one(kind, mode).step_by(tiers::apart_stride()).map(apart).collect();
+        let name =
+            format!("one operation, handles apart, {} {}", kind.name(), image::mode_name(mode));
+        engine::check(&name, &cases);
+    }
+}
+
 /// What our replay, e2fsck's and the kernel's leave is the same.
 #[test]
 fn replays_leave_the_same_blocks() {

@@ -21,6 +21,7 @@ const MUTANTS: &[&str] = &[
     "commit-before-blocks",
     "mapping-before-data",
     "size-before-data",
+    "size-in-another-handle",
     "tag-checksum-wrong",
     "tag-checksum-unchecked",
     "revoke-not-written",
@@ -58,6 +59,9 @@ fn cases() -> Vec<(Case, crate::cuts::Budget)> {
     let journalled = FIXED.iter().map(|&(kind, name)| {
         (Case { mode: DataMode::Journal, ..Case::fixed(kind, name) }, tiers::journalled())
     });
+    let apart = FIXED
+        .iter()
+        .map(|&(kind, name)| (Case { apart: true, ..Case::fixed(kind, name) }, tiers::apart()));
     let kinds = [Kind::Ext4, Kind::Small, Kind::Ext3];
     let short = kinds.iter().flat_map(|&kind| {
         let modes = JOURNALLED.iter();
@@ -66,6 +70,7 @@ fn cases() -> Vec<(Case, crate::cuts::Budget)> {
     let without = generate::length_one(Kind::Ext2, DataMode::Ordered).step_by(37);
     fixed
         .chain(journalled)
+        .chain(apart)
         .chain(without.map(|case| (case, tiers::without_journal())))
         .chain(short.map(|case| (case, tiers::short())))
         .collect()

@@ -26,11 +26,12 @@ const LARGE_WRITE: usize = 16 << 10;
 const CHOSEN_TIMES_END: i64 = 1_000_000;
 
 /// How everything here is mounted: one thread does it all, so that every run is the same.
-pub fn options(mode: DataMode) -> MountOptions {
+pub fn options(mode: DataMode, apart: bool) -> MountOptions {
     MountOptions {
         commit_interval: Duration::from_secs(86_400),
         cache_bytes: Some(64 << 20),
         background: false,
+        commit_each_handle: apart,
         // What is the default everywhere is not asked for, which ext2 would refuse.
         data_mode: (mode != DataMode::Ordered).then_some(mode),
         ..MountOptions::default()
@@ -99,10 +100,10 @@ impl Recorder {
     ///
     /// # Errors
     /// Why it does not mount.
-    pub fn new(image: &Image, mode: DataMode, seed: u64) -> Result<Self, String> {
+    pub fn new(image: &Image, mode: DataMode, apart: bool, seed: u64) -> Result<Self, String> {
         let device = LogWrites::new(MemoryDevice::from_vec(image.bytes.to_vec()));
         let intruder = Intruder::over(device.clone());
-        let fs = Ext4::mount(intruder.clone(), "workload", &options(mode))
+        let fs = Ext4::mount(intruder.clone(), "workload", &options(mode, apart))
             .map_err(|error| format!("mount a new image: {error}"))?;
         let root =
             Known { ino: fs.root(), lookups: 0, describe: "".into(), regular: false, made: 0 };

@@ -76,6 +76,28 @@ pub fn journalled() -> Budget {
     }
 }
 
+/// Of a workload whose handles are transactions of their own: prefixes above all, since there are
+/// few writes between two commits.
+pub fn apart() -> Budget {
+    let budget = fixed();
+    match tier() {
+        Tier::Test => {
+            Budget { seeded: 1, sets: 1, torn_sets: 0, prefixes: 24, nested: 0, ..budget }
+        }
+        Tier::More | Tier::Long => Budget { sets: 8, torn_sets: 2, nested: 2, ..budget },
+    }
+}
+
+/// The modes in which the fixed workloads are judged with their handles apart.
+pub fn modes_apart() -> Vec<DataMode> {
+    if tier() == Tier::Test { vec![DataMode::Ordered] } else { JOURNALLED.to_vec() }
+}
+
+/// One in so many sequences of one operation is judged with its handles apart.
+pub fn apart_stride() -> usize {
+    if tier() == Tier::Test { 11 } else { 1 }
+}
+
 /// Of a short workload that was made by rule.
 pub fn short() -> Budget {
     with_kernel(match tier() {

@@ -4,6 +4,7 @@
 //! what is tested is that everything an fsync acknowledged was written by then, and in an order
 //! from which the next mount recovers.
 
+use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -127,9 +128,19 @@ fn assert_no_loop(image: &Path) {
 struct Logged {
     name: String,
     versions: Vec<Vec<u8>>,
+    /// The last calls, and how each ended.
+    calls: VecDeque<String>,
 }
 
+/// How many calls of a file are remembered.
+const CALLS: usize = 40;
+
 impl Logged {
+    fn note(&mut self, call: String) {
+        self.calls.truncate(CALLS - 1);
+        self.calls.push_front(call);
+    }
+
     /// What is known of a byte that no version has: how far it goes on, and what was there.
     fn describe(&self, found: &[u8], at: usize) -> String {
         let wrong = |at: &usize| {
@@ -146,11 +157,12 @@ impl Logged {
             .collect();
         format!(
             "{}: bytes {at}..{end} of {} ({all} in all) are in no version; byte {at} is {:#x}; \
-             versions since the last fsync, size and byte: {}",
+             versions since the last fsync, size and byte: {}\n{}",
             self.name,
             found.len(),
             found[at],
-            versions.join(" ")
+            versions.join(" "),
+            self.calls.iter().map(String::as_str).collect::<Vec<_>>().join("\n")
         )
     }
 
@@ -188,7 +200,11 @@ struct Client {
 impl Client {
     fn new(index: u64, seed: u64) -> Self {
         let name = |file| format!("client{index}-{file}");
-        let files = (0..FILES).map(|file| Logged { name: name(file), versions: vec![Vec::new()] });
+        let files = (0..FILES).map(|file| Logged {
+            name: name(file),
+            versions: vec![Vec::new()],
+            calls: VecDeque::new(),
+        });
         Self { rng: Rng(seed ^ index << 40), files: files.collect(), fsyncs: 0 }
     }
 
@@ -204,10 +220,23 @@ impl Client {
     }
 
     fn step(&mut self, dir: &Path, at: usize) -> std::io::Result<()> {
+        let mut call = String::new();
+        let result = self.call(dir, at, &mut call);
+        self.files[at].note(format!("{call}: {result:?}"));
+        result
+    }
+
+    fn call(&mut self, dir: &Path, at: usize, call: &mut String) -> std::io::Result<()> {
         let what = self.rng.below(10);
         let offset = self.rng.below(FILE_BYTES) as usize;
         let len = 1 + self.rng.below(20_000) as usize;
         let data: Vec<u8> = self.rng.bytes(len).into_iter().map(|byte| byte.max(1)).collect();
+        *call = match what {
+            0..=5 => format!("write {offset}..{} of {:#x}...", offset + len, data[0]),
+            6 => format!("truncate {offset}"),
+            7 => "fdatasync".into(),
+            _ => "fsync".into(),
+        };
         let log = &mut self.files[at];
         let file = OpenOptions::new()
             .create(true)
@@ -247,6 +276,7 @@ impl Client {
         for log in &mut self.files {
             log.check(dir)?;
             let found = fs::read(dir.join(&log.name)).unwrap_or_default();
+            log.note(format!("mounted again, size {}", found.len()));
             log.versions = vec![found];
         }
         Ok(())
@@ -265,6 +295,10 @@ pub fn kills(kind: Kind, options: &str) {
     let mut clients: Vec<Client> = (0..CLIENTS).map(|index| Client::new(index, seed)).collect();
     let begin = Instant::now();
     for kill in 1..=count {
+        if let Some(keep) = std::env::var_os("UEXT_KEEP") {
+            let keep = Path::new(&keep).join(format!("{}-{}", std::process::id(), kill % 3));
+            run(Command::new("cp").arg("--sparse=always").arg(&image).arg(keep));
+        }
         let mut daemon = Daemon::start(&image, &dir, &log, options);
         for client in &mut clients {
             client

@@ -230,15 +230,8 @@ impl Ext4 {
         }
         let handle = self.start(group.credits)?;
         let done = self
-            .map_under(&handle, inode, &mut group.segments)
+            .map_under(&handle, inode, &mut group.segments, size)
             .and_then(|()| self.copy_runs(&handle, pages, &group.runs));
-        if done.is_ok()
-            && let Some(&(logical, _, len)) = group.runs.last()
-        {
-            let end = u64::from(logical + len) * u64::from(self.block_size());
-            let mut core = inode.core.lock();
-            core.disk_size = core.disk_size.max(end.min(size));
-        }
         // Also after an error: what was mapped before it must reach the inode.
         let marked = self.mark_inode_dirty(&handle, inode);
         done.and(marked)

@@ -125,6 +125,7 @@ impl Ext4 {
                 csum_v3: sb.features().metadata_csum(),
                 wide: sb.features().bit64(),
                 background: options.background,
+                commit_each_handle: options.commit_each_handle,
             };
             Journal::open(device, map, *sb.uuid().as_bytes(), buffers.clone(), config)?
         } else {

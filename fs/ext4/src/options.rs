@@ -63,6 +63,9 @@ pub struct MountOptions {
     /// Run the threads that commit by time, checkpoint early and write old pages. Tests that
     /// need every write in order switch them off.
     pub background: bool,
+    /// Every journal handle is committed before the next begins: see
+    /// [`JournalConfig`](uext_jbd2::JournalConfig). For tests.
+    pub commit_each_handle: bool,
     /// Memory for cached pages, bytes; a sixteenth of the machine's when not given.
     pub cache_bytes: Option<usize>,
     /// Access times.
@@ -100,6 +103,7 @@ impl Default for MountOptions {
             commit_interval: Duration::from_secs(5),
             barrier: true,
             background: true,
+            commit_each_handle: false,
             cache_bytes: None,
             atime: AtimePolicy::Relative,
             nodiratime: false,

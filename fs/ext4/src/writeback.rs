@@ -5,7 +5,8 @@
 //! 2. their dirty blocks become segments: runs that lie together in the file and on the disk,
 //!    for delayed ones after claiming blocks in memory;
 //! 3. one bio per segment, all submitted together and waited for;
-//! 4. journal handles mark claimed blocks used and map them, and let `disk_size` follow;
+//! 4. journal handles mark claimed blocks used and map them, and each lets `disk_size` follow
+//!    to the end of what it maps, so that no commit has written blocks behind the end;
 //! 5. the guards end, each with its page's result.
 //!
 //! So a transaction refers only to data that has been written. Data that goes through the
@@ -187,12 +188,12 @@ impl Ext4 {
             // As if nobody waited for the data: a commit comes before it.
             let Batch { pages, segments, set, .. } = &*batch;
             let late = segments.iter().map(|s| self.data_bio(set, pages, s, 0).0).collect();
-            self.map_segments(inode, batch, &mut first_error);
+            self.map_segments(inode, batch, size, &mut first_error);
             self.journal.commit_all()?;
             self.buffers.device().submit_bios_wait(late);
         } else {
             self.write_segments(inode, batch, &mut first_error);
-            self.map_segments(inode, batch, &mut first_error);
+            self.map_segments(inode, batch, size, &mut first_error);
         }
         if let Err(error) = self.follow_size(inode, &batch.pages, size) {
             let last = batch.pages.len() - 1;
@@ -385,14 +386,20 @@ impl Ext4 {
     }
 
     /// Maps what was written.
-    fn map_segments(&self, inode: &Inode, batch: &mut Batch, first_error: &mut Option<Error>) {
+    fn map_segments(
+        &self,
+        inode: &Inode,
+        batch: &mut Batch,
+        size: u64,
+        first_error: &mut Option<Error>,
+    ) {
         let Batch { pages, segments, group, .. } = batch;
         segments.retain(|segment| !matches!(segment.place, Place::Mapped(_)));
         segments.reverse();
         while !segments.is_empty() {
             let (count, credits) = self.group_of_segments(inode, segments);
             group.extend(segments.drain(segments.len() - count..));
-            if let Err(error) = self.map_group(inode, group, credits) {
+            if let Err(error) = self.map_group(inode, group, size, credits) {
                 // What the group still holds was not mapped.
                 for segment in group.drain(..) {
                     self.fail(pages, segment.logical, segment.logical + segment.len, &error);
@@ -427,19 +434,27 @@ impl Ext4 {
 
     /// Maps segments, last of the vector first, under one handle. Those left in it after an error
     /// were not mapped.
-    fn map_group(&self, inode: &Inode, group: &mut Vec<Segment>, credits: u32) -> Result<()> {
+    fn map_group(
+        &self,
+        inode: &Inode,
+        group: &mut Vec<Segment>,
+        size: u64,
+        credits: u32,
+    ) -> Result<()> {
         let handle = self.start(credits)?;
-        let mapped = self.map_under(&handle, inode, group);
+        let mapped = self.map_under(&handle, inode, group, size);
         // Also after an error: what was mapped before it must reach the inode.
         let marked = self.mark_inode_dirty(&handle, inode);
         mapped.and(marked)
     }
 
+    /// Maps segments, last of the vector first; `disk_size` follows each, up to `size`.
     pub(crate) fn map_under(
         &self,
         handle: &Handle,
         inode: &Inode,
         group: &mut Vec<Segment>,
+        size: u64,
     ) -> Result<()> {
         let _map = inode.map.write();
         while let Some(segment) = group.pop() {
@@ -458,6 +473,11 @@ impl Ext4 {
                     }
                 }
                 Place::Claimed(claim) => self.map_claim(handle, inode, logical, claim, group)?,
+            }
+            let end = u64::from(logical + len) * u64::from(self.block_size());
+            let mut core = inode.core.lock();
+            if !mutant!("size-in-another-handle") {
+                core.disk_size = core.disk_size.max(end.min(size));
             }
         }
         Ok(())

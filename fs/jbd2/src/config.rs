@@ -16,6 +16,9 @@ pub struct JournalConfig {
     /// Run the background thread: timed commits and early checkpoints. Tests that
     /// need every write in order switch it off.
     pub background: bool,
+    /// Every handle is a transaction of its own. For tests: whatever lies on the disk between
+    /// two handles of one operation is then met by a power cut.
+    pub commit_each_handle: bool,
 }
 
 impl Default for JournalConfig {
@@ -26,6 +29,7 @@ impl Default for JournalConfig {
             csum_v3: true,
             wide: true,
             background: true,
+            commit_each_handle: false,
         }
     }
 }

@@ -229,7 +229,8 @@ impl Journal {
             }
             let total =
                 tx.outstanding.saturating_add(credits).saturating_add(revoke_blocks(log, tx));
-            if total > most && (tx.outstanding > 0 || !tx.revoked.is_empty()) {
+            let full = total > most || self.config.commit_each_handle;
+            if full && (tx.outstanding > 0 || !tx.revoked.is_empty()) {
                 let tid = tx.tid;
                 drop(state);
                 self.commit(tid)?;
