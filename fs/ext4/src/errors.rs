@@ -98,6 +98,11 @@ impl Ext4 {
 
     /// The journal was aborted; called once, by who aborted it.
     pub(crate) fn journal_aborted(&self, why: &JournalError) {
+        if *why == JournalError::Shutdown {
+            // Somebody wanted it so. The image has no error, and the mount says EIO, not EROFS.
+            self.stopped.store(true, Ordering::Relaxed);
+            return;
+        }
         // Damage that led here is recorded already.
         if !matches!(why, JournalError::Filesystem(_)) {
             let code = match why.errno() {
