@@ -328,7 +328,7 @@ impl Ext4 {
     }
 
     /// Unmaps and frees the blocks of a range.
-    fn unmap(&self, inode: &Inode, from: u32, end: u32) -> Result<()> {
+    pub(crate) fn unmap(&self, inode: &Inode, from: u32, end: u32) -> Result<()> {
         let mut end = end;
         while from < end {
             let rest = self.with_space(|| {

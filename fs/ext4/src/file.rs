@@ -625,7 +625,7 @@ impl Ext4 {
 }
 
 /// Clears the set-id bits that a write by somebody else must not leave.
-fn kill_suidgid(ctx: &Context, inode: &Inode) {
+pub(crate) fn kill_suidgid(ctx: &Context, inode: &Inode) {
     let mut core = inode.core.lock();
     let mut mode = core.mode & !S_ISUID;
     // Without the group's execute bit it stays for members of the group, as far as is known.

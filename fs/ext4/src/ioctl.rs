@@ -11,7 +11,9 @@ use std::sync::atomic::Ordering;
 
 use uext_jbd2::JournalError;
 use uext_ondisk::inode::InodeFlags;
-use uext_vfs::{Context, Errno, FileKind, IOC_REMOUNT, Ioctl};
+use uext_vfs::{
+    Context, Errno, FileKind, IOC_COLLAPSE_RANGE, IOC_FIEMAP, IOC_INSERT_RANGE, IOC_REMOUNT, Ioctl,
+};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::credits;
@@ -139,6 +141,11 @@ impl Ext4 {
                 let read_only: u32 = argument(ioctl)?;
                 self.remount(read_only != 0).map(none)
             }
+            IOC_FIEMAP => self.fiemap(inode, ioctl),
+            IOC_COLLAPSE_RANGE | IOC_INSERT_RANGE => {
+                let [offset, len]: [u64; 2] = argument(ioctl)?;
+                self.shift_range(ctx, inode, (offset, len), ioctl.cmd == IOC_INSERT_RANGE).map(none)
+            }
             _ => Err(Errno::ENOTTY.into()),
         }
     }
@@ -226,7 +233,11 @@ impl Ext4 {
         let handle = self.start(credits::SUPER)?;
         self.update_super(&handle, |sb| sb.set_label(&text[..len]))?;
         drop(handle);
-        Ok(self.journal.commit_all()?)
+        self.journal.commit_all()?;
+        // In its place, too, where blkid(8) looks.
+        self.journal.checkpoint_all()?;
+        self.buffers.write_dirty()?;
+        Ok(())
     }
 
     /// The UUID in ext4's own way: a length and flags are read, and 16 bytes go behind them.
@@ -262,6 +273,7 @@ impl Ext4 {
             }
         }
         self.shut_down.store(true, Ordering::Relaxed);
+        self.read_only.store(true, Ordering::Relaxed);
         self.journal.abort(JournalError::Shutdown);
         // What is dirty will not be written; nobody may wait for it.
         for inode in self.inodes.all() {
@@ -288,7 +300,8 @@ impl Ext4 {
             return Ok(0);
         }
         let logical = uext_ondisk::LogicalBlock(self.block_at(offset));
-        let Some(start) = self.map_lookup(inode, logical, 1)?.data() else { return Ok(0) };
+        // Blocks without data count too: swap goes to them past the filesystem.
+        let Some(start) = self.map_lookup(inode, logical, 1)?.start else { return Ok(0) };
         let byte = start.0 * u64::from(self.block_size()) + offset % u64::from(self.block_size());
         Ok(byte / u64::from(block_size))
     }

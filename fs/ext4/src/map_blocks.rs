@@ -16,10 +16,11 @@ use uext_vfs::Errno;
 
 use crate::credits;
 use crate::error::Result;
+use crate::extents::MAX_BLOCKS;
 use crate::fs::Ext4;
 use crate::inode::Inode;
 use crate::map_io::{Budget, FsMapIo};
-use crate::{extents, extents_remove, indirect};
+use crate::{extents, extents_remove, extents_shift, indirect};
 
 /// Runs of one file that are remembered.
 const MAX_RUNS: usize = 64;
@@ -201,6 +202,42 @@ impl Ext4 {
         let _map = inode.map.write();
         inode.data.runs.forget(from, end);
         extents::unwrite_step(&FsMapIo::writer(self, inode, handle, 0), from, end)
+    }
+
+    /// Moves what one leaf maps from `from` on to `by` blocks before; returns where the next
+    /// leaf begins. The caller marks the inode dirty.
+    pub(crate) fn shift_left_step(
+        &self,
+        handle: &Handle,
+        inode: &Inode,
+        from: u32,
+        by: u32,
+    ) -> Result<Option<u32>> {
+        let _map = inode.map.write();
+        inode.data.runs.forget(0, MAX_BLOCKS);
+        extents_shift::shift_left_step(&FsMapIo::writer(self, inode, handle, 0), from, by)
+    }
+
+    /// Moves what one leaf maps of `from..end` to `by` blocks behind; returns where the rest
+    /// ends. The caller marks the inode dirty.
+    pub(crate) fn shift_right_step(
+        &self,
+        handle: &Handle,
+        inode: &Inode,
+        (from, end): (u32, u32),
+        by: u32,
+    ) -> Result<Option<u32>> {
+        let _map = inode.map.write();
+        inode.data.runs.forget(0, MAX_BLOCKS);
+        extents_shift::shift_right_step(&FsMapIo::writer(self, inode, handle, 0), from, end, by)
+    }
+
+    /// Has an extent begin at a block, if one holds it; gives the end of the last extent.
+    pub(crate) fn split_at(&self, handle: &Handle, inode: &Inode, logical: u32) -> Result<u64> {
+        let _map = inode.map.write();
+        let io = FsMapIo::writer(self, inode, handle, 0);
+        extents_shift::split_at(&io, logical)?;
+        extents_shift::end_of_last(&io)
     }
 
     /// The largest size a file of this mapping can have, bytes.

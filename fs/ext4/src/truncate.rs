@@ -55,7 +55,7 @@ impl Ext4 {
     }
 
     /// The new size, and the times of the change.
-    fn set_sizes(&self, inode: &Inode, size: u64) {
+    pub(crate) fn set_sizes(&self, inode: &Inode, size: u64) {
         let now = self.now();
         let mut core = inode.core.lock();
         (core.size, core.disk_size) = (size, size);

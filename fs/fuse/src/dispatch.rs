@@ -7,19 +7,21 @@
 //! `EINVAL`. Locks: only that of the unmount's result, held while the filesystem
 //! unmounts so that a second caller waits for the first.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use uext_sync::Mutex;
 use uext_vfs::{
-    Capabilities, Context, Entry, Errno, FileHandle, FileSystem, Ino, Ioctl, OpenReply, ReadReply,
-    RenameFlags, Result, SetAttr, SetTime, Timestamp, WriteFlags, XattrFlags,
+    Capabilities, Context, Entry, Errno, FileHandle, FileSystem, IOC_COLLAPSE_RANGE,
+    IOC_INSERT_RANGE, Ino, Ioctl, OpenReply, ReadReply, RenameFlags, Result, SetAttr, SetTime,
+    Timestamp, WriteFlags, XattrFlags,
 };
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
 use crate::abi::{self, Fattr, Fopen, InHeader, InitFlags, Opcode, WriteInFlags};
 use crate::caller::Caller;
+use crate::notify::Notifier;
 use crate::reply::{self, Answer, Listing, ReplyBuf, Timeouts};
 use crate::session::Config;
 
@@ -88,6 +90,8 @@ pub struct Dispatcher {
     unmounted: Mutex<Option<Result<()>>>,
     /// [unmounted] Run after the unmount, before anybody is told of it.
     after: Mutex<Option<AfterUnmount>>,
+    /// Tells the kernel what it cannot know.
+    notifier: OnceLock<Notifier>,
 }
 
 /// What gives up the claim on the image, say.
@@ -112,7 +116,13 @@ impl Dispatcher {
             gone: AtomicBool::new(false),
             unmounted: Mutex::new(None),
             after: Mutex::new(None),
+            notifier: OnceLock::new(),
         }
+    }
+
+    /// Lets the kernel be told what an ioctl changed.
+    pub(crate) fn notify_by(&self, notifier: Notifier) {
+        let _ = self.notifier.set(notifier);
     }
 
     /// Says whether `INIT` may ask for FUSE over io_uring.
@@ -576,13 +586,32 @@ impl Dispatcher {
         let out_size = usize::try_from(args.out_size).map_err(|_| Errno::EINVAL)?;
         let caller = Caller::new(req.header.pid);
         let ioctl = Ioctl { cmd: args.cmd, input, out_size, arg: args.arg, caller: &caller };
+        let moves_data = matches!(args.cmd, IOC_COLLAPSE_RANGE | IOC_INSERT_RANGE);
+        if moves_data && self.config.writeback_cache {
+            // The kernel then believes its own size of the file.
+            return Err(Errno::EOPNOTSUPP);
+        }
         let data = self.fs.ioctl(&req.context(), self.node(req), FileHandle(args.fh), &ioctl)?;
         if data.len() > out_size {
             return Err(Errno::EIO);
         }
+        self.note_ioctl(self.node(req), args.cmd, moves_data);
         out.put(&abi::IoctlOut::default())?;
         out.put_bytes(&data)?;
         Ok(Answer::Buffer)
+    }
+
+    /// Has the kernel forget what an ioctl may have changed of an inode: it keeps attributes,
+    /// and sees no change in what it passes on.
+    fn note_ioctl(&self, ino: Ino, cmd: u32, moves_data: bool) {
+        // By its number the caller only hands something in: `_IOW`.
+        let writes = cmd >> 30 == 1;
+        let Some(notifier) = self.notifier.get().filter(|_| writes) else { return };
+        // It holds the inode's lock over some of them, which attributes alone do not take.
+        let from = if moves_data { 0 } else { -1 };
+        if let Err(errno) = notifier.inval_inode(ino, from, 0) {
+            log::debug!("inode {ino}: the kernel was not told of a change: {errno}");
+        }
     }
 
     fn bmap(&self, req: &Request<'_>, out: &mut ReplyBuf<'_>) -> Result<Answer> {

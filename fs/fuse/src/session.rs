@@ -265,6 +265,7 @@ impl Pending {
         }
         let device = Arc::new(device);
         let notifier = Notifier::new(Arc::downgrade(&device), root);
+        dispatcher.notify_by(notifier.clone());
         let started = Workers::start(&device, &dispatcher, &config);
         drop(device);
         let (workers, control) = match started {

@@ -248,6 +248,14 @@ pub struct Capabilities {
 /// The ioctl that says whether the mount is read-only, 1, or writable, 0: `_IOW('U', 1, u32)`.
 pub const IOC_REMOUNT: u32 = 0x4004_5501;
 
+/// FS_IOC_FIEMAP, which FUSE does not carry, with the same argument: `_IOWR('U', 2, fiemap)`.
+pub const IOC_FIEMAP: u32 = 0xC020_5502;
+/// fallocate(2) with `FALLOC_FL_COLLAPSE_RANGE`, which FUSE does not carry; the argument is
+/// offset and length: `_IOW('U', 3, u64[2])`. The caller has written its changes before.
+pub const IOC_COLLAPSE_RANGE: u32 = 0x4010_5503;
+/// The same with `FALLOC_FL_INSERT_RANGE`: `_IOW('U', 4, u64[2])`.
+pub const IOC_INSERT_RANGE: u32 = 0x4010_5504;
+
 /// Memory of the process that asks, for commands whose number does not say what they read
 /// and write.
 pub trait CallerMemory {
