@@ -15,6 +15,7 @@ use crate::credits;
 use crate::error::{Error, Result};
 use crate::fs::Ext4;
 use crate::inode::Inode;
+use crate::options::AtimePolicy;
 
 const S_ISUID: u16 = 0o4000;
 const S_ISGID: u16 = 0o2000;
@@ -48,6 +49,11 @@ fn check_flags(inode: &Inode, set: &SetAttr) -> Result<()> {
 }
 
 impl Ext4 {
+    /// Whether every access is to change a time: `strictatime`.
+    fn sees_every_read(&self) -> bool {
+        self.options.atime == AtimePolicy::Strict && !self.options.read_only
+    }
+
     fn inode(&self, ino: Ino) -> Result<Arc<Inode>> {
         let ino = u32::try_from(ino).map_err(|_| Error::Errno(Errno::ESTALE))?;
         self.iget(InodeNumber(ino))
@@ -205,7 +211,8 @@ impl FileSystem for Ext4 {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities {
-            stateless_open: true,
+            // Every read is to be seen, and what the kernel has cached it reads unseen.
+            stateless_open: !self.sees_every_read(),
             posix_acl: self.options.acl,
             read_only: self.is_read_only(),
         }
@@ -377,7 +384,7 @@ impl FileSystem for Ext4 {
         {
             return Err(Errno::EPERM);
         }
-        Ok(OpenReply { keep_cache: true, ..OpenReply::default() })
+        Ok(OpenReply { keep_cache: !self.sees_every_read(), ..OpenReply::default() })
     }
 
     fn opendir(&self, _ctx: &Context, _ino: Ino) -> uext_vfs::Result<OpenReply> {
