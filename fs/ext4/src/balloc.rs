@@ -16,6 +16,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use uext_blockdev::mutant;
 use uext_jbd2::{Handle, Tid, tid_geq};
@@ -68,6 +69,9 @@ impl std::fmt::Debug for Claim {
     }
 }
 
+/// How long a full filesystem waits for files that are being deleted.
+const DELETION_PATIENCE: Duration = Duration::from_secs(10);
+
 /// Free space of the whole filesystem, in blocks.
 #[derive(Debug, Default)]
 pub(crate) struct Space {
@@ -77,6 +81,8 @@ pub(crate) struct Space {
     pub reserved: u64,
     /// Freed by transactions that have not committed.
     pub pending: u64,
+    /// Inodes that are being deleted, whose blocks become pending.
+    pub deleting: u32,
     /// The runs behind `pending`, by transaction.
     freed: BTreeMap<Tid, Vec<(FsBlock, u32)>>,
 }
@@ -115,18 +121,26 @@ impl Ext4 {
     }
 
     fn reserve_beyond(&self, keep: u64, count: u64) -> Result<()> {
-        for attempt in 0..3 {
-            let pending = {
+        let begin = Instant::now();
+        let mut commits = 0;
+        loop {
+            let (pending, deleting) = {
                 let mut space = self.space.lock();
                 if space.free.saturating_sub(space.reserved).saturating_sub(keep) >= count {
                     space.reserved += count;
                     return Ok(());
                 }
-                space.pending > 0
+                (space.pending > 0, space.deleting > 0)
             };
-            if !pending || attempt == 2 {
+            // A file is deleted after its unlink has returned, when the kernel forgets it.
+            if deleting && begin.elapsed() < DELETION_PATIENCE {
+                std::thread::sleep(Duration::from_millis(2));
+                continue;
+            }
+            if !pending || commits == 2 {
                 break;
             }
+            commits += 1;
             // Blocks freed a moment ago come back when their transaction has committed.
             self.journal.commit_all()?;
         }

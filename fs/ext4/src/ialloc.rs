@@ -42,7 +42,8 @@ const INHERITED: InodeFlags = InodeFlags::SECRM
     .union(InodeFlags::JOURNAL_DATA)
     .union(InodeFlags::NOTAIL)
     .union(InodeFlags::DIRSYNC)
-    .union(InodeFlags::PROJINHERIT);
+    .union(InodeFlags::PROJINHERIT)
+    .union(InodeFlags::DAX);
 /// Of these, what a regular file may have.
 const REG_MASK: InodeFlags = InodeFlags::DIRSYNC.union(InodeFlags::PROJINHERIT).complement();
 /// And what anything else may have.
