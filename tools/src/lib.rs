@@ -8,6 +8,7 @@ pub mod fsck;
 pub mod logging;
 pub mod mkfs;
 pub mod mount;
+mod mount_again;
 pub mod mount_options;
 pub mod remount;
 mod shown;

@@ -16,6 +16,8 @@ use log::{Level, LevelFilter};
 enum Sink {
     /// Standard error, or what stands for it.
     Stream(Box<dyn Write + Send>),
+    /// A stream that somebody reads for now, and a file.
+    Both(Box<dyn Write + Send>, File),
     /// `/dev/log`.
     Syslog(UnixDatagram),
     /// Nowhere.
@@ -32,7 +34,7 @@ impl LogTarget {
     }
 
     /// To syslog, or nowhere when there is none.
-    pub fn to_syslog(&self) {
+    fn to_syslog(&self) {
         let socket = UnixDatagram::unbound().and_then(|socket| {
             socket.connect("/dev/log")?;
             // A full log must not stop a filesystem.
@@ -42,14 +44,30 @@ impl LogTarget {
         self.set(socket.map_or(Sink::Nobody, Sink::Syslog));
     }
 
-    /// To the end of a file.
+    /// To the end of a file too.
     ///
     /// # Errors
     /// Those of opening it.
-    pub fn to_file(&self, path: &Path) -> io::Result<()> {
-        let file: File = OpenOptions::new().append(true).create(true).open(path)?;
-        self.set(Sink::Stream(Box::new(file)));
+    pub fn also_to_file(&self, path: &Path) -> io::Result<()> {
+        let file = OpenOptions::new().append(true).create(true).open(path)?;
+        let mut sink = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *sink = match std::mem::replace(&mut *sink, Sink::Nobody) {
+            Sink::Stream(stream) | Sink::Both(stream, _) => Sink::Both(stream, file),
+            Sink::Syslog(_) | Sink::Nobody => Sink::Stream(Box::new(file)),
+        };
         Ok(())
+    }
+
+    /// No more to the stream: to the file that was named, else as [`LogTarget::to_syslog`].
+    pub fn leave_stream(&self) {
+        let mut sink = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match std::mem::replace(&mut *sink, Sink::Nobody) {
+            Sink::Both(_, file) => *sink = Sink::Stream(Box::new(file)),
+            _ => {
+                drop(sink);
+                self.to_syslog();
+            }
+        }
     }
 }
 
@@ -76,13 +94,15 @@ impl LogTarget {
     /// One message. What cannot be written is lost: there is nobody to tell.
     fn write(&self, level: Level, message: &str) {
         let mut sink = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let line = || match level {
+            Level::Error | Level::Warn => format!("uext: {message}\n"),
+            _ => format!("uext: {}: {message}\n", level.as_str().to_lowercase()),
+        };
         let _ = match &mut *sink {
-            Sink::Stream(stream) => {
-                let line = match level {
-                    Level::Error | Level::Warn => format!("uext: {message}\n"),
-                    _ => format!("uext: {}: {message}\n", level.as_str().to_lowercase()),
-                };
-                stream.write_all(line.as_bytes())
+            Sink::Stream(stream) => stream.write_all(line().as_bytes()),
+            Sink::Both(stream, file) => {
+                let shown = stream.write_all(line().as_bytes());
+                file.write_all(line().as_bytes()).and(shown)
             }
             Sink::Syslog(socket) => socket.send(syslog_line(level, message).as_bytes()).map(drop),
             Sink::Nobody => Ok(()),

@@ -30,6 +30,7 @@ use uext_fuse::{Pending, Session, SessionError, Source, Stopper, mount_table};
 use uext_vfs::FileSystem;
 
 use crate::logging::{self, LogTarget};
+use crate::mount_again::mount_again;
 use crate::mount_options::MountRequest;
 use crate::shown;
 use crate::state::MountState;
@@ -64,6 +65,11 @@ pub struct Mount {
 pub fn mount(mount: Mount, opener: Opener) -> Result<(), String> {
     if std::env::var_os(DAEMON_ENV).is_some() {
         return daemon(mount, opener);
+    }
+    if let Ok(source) = resolve(&mount.source)
+        && let Some(again) = mount_again(&source, &mount.dir, &mount.request)
+    {
+        return again;
     }
     if mount.foreground {
         let level = if mount.verbose { LevelFilter::Info } else { LevelFilter::Warn };
@@ -110,11 +116,9 @@ fn daemon(mount: Mount, opener: Opener) -> Result<(), String> {
     let log = logging::init(level, Box::new(io::stdout()));
     // Not a group leader, having been started by one, so this cannot fail.
     let _ = nix::unistd::setsid();
-    let (after, log_file) = (log.clone(), mount.request.log_file.clone());
+    let after = log.clone();
     let live = move || {
-        if log_file.is_none() {
-            after.to_syslog();
-        }
+        after.leave_stream();
         // A daemon keeps no directory busy.
         let _ = std::env::set_current_dir("/");
         let mut stdout = io::stdout();
@@ -144,7 +148,7 @@ fn serve(
     let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
     signals.thread_block().map_err(|errno| errno.to_string())?;
     if let Some(path) = &mount.request.log_file {
-        log.to_file(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        log.also_to_file(path).map_err(|error| format!("{}: {error}", path.display()))?;
     }
     spare_from_oom_killer();
     uext_fuse::serve_under_pressure();

@@ -52,6 +52,11 @@ pub fn umount(target: &Path, options: UmountOptions) -> Result<(), String> {
     if options.lazy && !options.force {
         return Ok(());
     }
+    // Another mount of the filesystem keeps it going.
+    let still = mount_table::mounts().unwrap_or_default();
+    if mount.device != (0, 0) && !options.force && still.iter().any(|m| m.device == mount.device) {
+        return Ok(());
+    }
     let unmounted = match waiter {
         Some(waiter) => waiter.wait().map_err(|problem| named(&problem)),
         None if mount.fstype.starts_with("fuseblk") => Ok(()),

@@ -16,6 +16,10 @@ pub struct MountEntry {
     pub fstype: String,
     /// What was mounted.
     pub source: OsString,
+    /// Which directory of it is seen there.
+    pub root: PathBuf,
+    /// Nothing of it can be written, by whichever mount.
+    pub read_only: bool,
     /// For FUSE, the user who mounted; else 0.
     pub user: u32,
 }
@@ -43,16 +47,18 @@ fn parse_line(line: &[u8]) -> Option<MountEntry> {
     let device = str::from_utf8(fields.nth(2)?).ok()?;
     let (major, minor) = device.split_once(':')?;
     let device = (major.parse().ok()?, minor.parse().ok()?);
-    let mount_point = PathBuf::from(unescape(fields.nth(1)?));
+    let root = PathBuf::from(unescape(fields.next()?));
+    let mount_point = PathBuf::from(unescape(fields.next()?));
     // A varying number of tags ends with a lone dash.
     fields.find(|field| *field == b"-")?;
     let fstype = String::from_utf8_lossy(unescape(fields.next()?).as_bytes()).into_owned();
     let source = unescape(fields.next()?);
     let options = fields.next().unwrap_or_default().split(|byte| *byte == b',');
+    let read_only = options.clone().any(|option| option == b"ro");
     let mut user =
         options.filter_map(|option| str::from_utf8(option).ok()?.strip_prefix("user_id="));
     let user = user.next().and_then(|user| user.parse().ok()).unwrap_or(0);
-    Some(MountEntry { device, mount_point, fstype, source, user })
+    Some(MountEntry { device, mount_point, fstype, source, root, read_only, user })
 }
 
 /// Undoes the table's octal escapes of space, tab, newline and backslash.
@@ -89,6 +95,7 @@ mod tests {
         assert_eq!(mount.mount_point, Path::new("/mnt/a b"));
         assert_eq!(mount.fstype, "fuseblk.uext");
         assert_eq!(mount.source, "/dev/loop3");
+        assert_eq!((mount.root.as_path(), mount.read_only), (Path::new("/"), false));
         assert_eq!(mount.user, 1000);
     }
 
