@@ -2,6 +2,7 @@
 //! and `e2fsck -fn` finds nothing after either.
 
 mod external;
+mod fast_commit;
 mod limits;
 mod orphans;
 

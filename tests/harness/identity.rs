@@ -67,6 +67,11 @@ impl Replays {
         }
     }
 
+    /// Where the journal lies.
+    pub fn map(&self) -> &JournalMap {
+        &self.map
+    }
+
     /// Replays a state three times and compares. False when there is nothing to compare: an empty
     /// log; a torn superblock, from which e2fsck and the kernel do not come back without help; or
     /// orphans, which both of them delete together with the replay.

@@ -377,9 +377,10 @@ fn replay(
     let journal = JournalLocation { device, map, block_size };
     let report = Recovery::open(journal, target)?.replay(OnDamage::Keep)?;
     log::info!(
-        "{name}: journal replayed: {} transactions, {} blocks",
+        "{name}: journal replayed: {} transactions, {} blocks, {} fast commits",
         report.transactions,
-        report.blocks_replayed
+        report.blocks_replayed,
+        report.fast_commits
     );
     Ok(report)
 }

@@ -60,11 +60,6 @@ pub enum JournalError {
     /// The journal uses something this program cannot do; what, and what to do about it.
     #[error("{0}")]
     Unsupported(String),
-    /// Fast-commit records wait for replay, which this program cannot do.
-    #[error(
-        "the journal holds fast commits of transaction {0}: mount it with the kernel or run e2fsck"
-    )]
-    FastCommits(Tid),
     /// The journal was aborted before; nothing is written any more.
     #[error("the journal was aborted: {0}")]
     Aborted(Box<JournalError>),
@@ -114,7 +109,7 @@ impl JournalError {
                 74 // EBADMSG
             }
             Self::Corrupt(_) | Self::DamagedTransaction(_) => 117, // EUCLEAN
-            Self::Unsupported(_) | Self::FastCommits(_) => 95,     // EOPNOTSUPP
+            Self::Unsupported(_) => 95,                            // EOPNOTSUPP
             Self::Shutdown => 5,                                   // EIO
             Self::Aborted(_) | Self::Closed => 30,                 // EROFS
             Self::Filesystem(errno) => *errno,

@@ -33,6 +33,7 @@ mod checkpoint;
 mod commit;
 pub mod config;
 pub mod error;
+mod fast_commit;
 pub mod handle;
 pub mod journal;
 mod log;

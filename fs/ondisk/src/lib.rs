@@ -20,6 +20,7 @@ pub mod dir_entry;
 pub mod dirhash;
 pub mod error;
 pub mod extent;
+pub mod fast_commit;
 pub mod features;
 #[doc(hidden)]
 pub mod fuzzing;

@@ -1,104 +1,143 @@
-//! Telling whether fast-commit records wait for replay.
+//! Reading fast commits, and turning what they change into a transaction of the log.
 //!
-//! The area lies behind the log. Its first block begins with a head record that
-//! names the transaction the records add to; a tail record with a checksum ends
-//! each fast commit. Only records of the first transaction that is not in the log
-//! count. Source: Documentation/filesystems/ext4/journal.rst, "Fast commits".
+//! The area lies behind the log and adds to the first transaction that is not in it. Order, once
+//! the log's own transactions are home and durable:
+//! 1. the journal superblock: the log begins where it ended, with nothing in it. The records
+//!    still add to what comes next, so a cut from here on applies them again, to the same blocks;
+//! 2. the changed blocks as one transaction, then a flush, its commit block and another flush.
+//!    From here on the log has them, and the records are of the past;
+//! 3. the blocks home, and a flush.
 
-use uext_ondisk::checksum::crc32c;
-use uext_ondisk::jbd2::JournalSuperblock;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::log_reader::{JournalLocation, LogReader};
+use uext_blockdev::BioFlags;
+use uext_ondisk::fast_commit::{FastCommit, Reader};
+use uext_ondisk::jbd2::{
+    CommitBlock, DescriptorWriter, JournalCompat, JournalIncompat, escape, logged_block_csum,
+    needs_escape, transaction_crc32,
+};
+
+use super::target::{DeviceTarget, Target};
+use super::{Overlay, Recovery};
+use crate::error::{IoWhat, JournalError, Result};
+use crate::log_reader::LogReader;
 use crate::tid::Tid;
 
-const TAG_TAIL: u16 = 8;
-const TAG_HEAD: u16 = 9;
-/// Tag and length.
-const TAG_HEADER: usize = 4;
-
-/// Whether at least one whole fast commit of transaction `expected` is there.
-pub(super) fn present(
-    location: &JournalLocation<'_>,
-    sb: &JournalSuperblock,
-    expected: Tid,
-) -> bool {
-    let mut reader = LogReader::new(*location);
-    let mut walk = Walk { expected, crc: 0 };
-    // The kernel leaves the first block of the area unused.
-    for block in sb.log_end().saturating_add(1)..sb.block_count {
-        let Ok(bytes) = reader.read(block) else { return false };
-        let first = block == sb.log_end() + 1;
-        match walk.block(bytes, first) {
-            Verdict::Whole => return true,
-            Verdict::End => return false,
-            Verdict::More => {}
+impl Recovery<'_> {
+    /// The whole fast commits that add to transaction `expected`.
+    pub(super) fn fast_commits(&self, expected: Tid) -> Result<Vec<FastCommit>> {
+        if !self.sb.incompat.contains(JournalIncompat::FAST_COMMIT) {
+            return Ok(Vec::new());
         }
+        let mut blocks = LogReader::new(self.journal);
+        let mut reader = Reader::new(expected);
+        // The kernel leaves the first block of the area unused.
+        for block in self.sb.log_end().saturating_add(1)..self.sb.block_count {
+            if !reader.block(blocks.read(block)?)? {
+                break;
+            }
+        }
+        Ok(reader.finish())
     }
-    false
+
+    /// Blocks one descriptor names.
+    fn tags(&self) -> usize {
+        let size = self.journal.block_size as usize;
+        DescriptorWriter::capacity(size, self.sb.tag_format()).max(1)
+    }
+
+    /// Whether the log can hold a transaction of `count` blocks.
+    pub(super) fn check_room(&self, count: usize) -> Result<()> {
+        let need = count + count.div_ceil(self.tags()) + 1;
+        let ring = (self.sb.log_end() - self.sb.first) as usize;
+        if need < ring {
+            return Ok(());
+        }
+        let text = format!(
+            "the journal's fast commits change {count} blocks, more than its log of {ring} blocks \
+             holds: run e2fsck"
+        );
+        Err(JournalError::Unsupported(text))
+    }
+
+    /// Logs the changed blocks as transaction `tid` at block `head`, then writes them home.
+    pub(super) fn bring_home(&self, tid: Tid, head: u32, changes: Overlay) -> Result<()> {
+        if changes.is_empty() {
+            return Ok(());
+        }
+        self.set_start(tid, head)?;
+        self.log_changes(tid, head, &changes)?;
+        let mut target = DeviceTarget::new(self.fs, self.journal.block_size);
+        for (block, bytes) in changes {
+            target.check(block)?;
+            target.put(block, bytes)?;
+        }
+        target.flush()
+    }
+
+    fn log_changes(&self, tid: Tid, head: u32, changes: &Overlay) -> Result<()> {
+        let (format, seed) = (self.sb.tag_format(), self.sb.csum_seed());
+        let mut log = LogEnd { recovery: self, at: head, crc: !0 };
+        let mut blocks = changes.iter().peekable();
+        while blocks.peek().is_some() {
+            let group: Vec<_> = blocks.by_ref().take(self.tags()).collect();
+            let mut head = vec![0; self.journal.block_size as usize];
+            let uuid = *self.sb.uuid.as_bytes();
+            let mut descriptor = DescriptorWriter::new(&mut head, format, tid, uuid)?;
+            let mut copies = Vec::with_capacity(group.len());
+            for (&block, bytes) in group {
+                let mut copy = bytes.clone();
+                let escaped = needs_escape(&copy);
+                if escaped {
+                    escape(&mut copy);
+                }
+                let csum = if format.has_csum() { logged_block_csum(seed, tid, &copy) } else { 0 };
+                let pushed = descriptor.push(block, escaped, csum);
+                debug_assert!(pushed, "a group has as many blocks as a descriptor has tags");
+                copies.push(copy);
+            }
+            descriptor.finish(seed);
+            log.write(&head)?;
+            for copy in &copies {
+                log.write(copy)?;
+            }
+        }
+        self.flush_log()?;
+        let crc = self.sb.compat.contains(JournalCompat::CHECKSUM).then_some(log.crc);
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let mut block = vec![0; self.journal.block_size as usize];
+        CommitBlock { sequence: tid, time, transaction_crc32: crc }
+            .write(&mut block, format.has_csum().then_some(seed))?;
+        log.write(&block)?;
+        self.flush_log()
+    }
+
+    fn flush_log(&self) -> Result<()> {
+        let flushed = self.journal.device.flush();
+        flushed.map_err(|status| JournalError::io(IoWhat::Flush, 0, status))
+    }
 }
 
-enum Verdict {
-    /// A tail with the right transaction and checksum.
-    Whole,
-    /// No (further) record of the transaction.
-    End,
-    /// The records go on in the next block.
-    More,
-}
-
-struct Walk {
-    expected: Tid,
-    /// Over all records since the last tail.
+/// Where the log is written on.
+struct LogEnd<'a> {
+    recovery: &'a Recovery<'a>,
+    at: u32,
+    /// Over everything so far (compat `CHECKSUM`).
     crc: u32,
 }
 
-impl Walk {
-    fn block(&mut self, bytes: &[u8], first: bool) -> Verdict {
-        let mut at = 0usize;
-        while let Some(record) = Record::at(bytes, at) {
-            if first && at == 0 && record.tag != TAG_HEAD {
-                return Verdict::End;
-            }
-            match record.tag {
-                TAG_HEAD if record.u32_at(4) != Some(self.expected) => return Verdict::End,
-                TAG_TAIL => return self.tail(bytes, at, &record),
-                1..=TAG_HEAD => {}
-                _ => return Verdict::End,
-            }
-            let end = at + TAG_HEADER + record.value.len();
-            self.crc = crc32c(self.crc, &bytes[at..end]);
-            at = end;
+impl LogEnd<'_> {
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let journal = &self.recovery.journal;
+        let failed = |status| JournalError::io(IoWhat::WriteLog, self.at.into(), status);
+        let offset = journal.byte_offset(self.at)?;
+        let flags = BioFlags::META | BioFlags::SYNC;
+        journal.device.write_at(offset, bytes, flags).map_err(failed)?;
+        self.crc = transaction_crc32(self.crc, bytes);
+        self.at += 1;
+        if self.at >= self.recovery.sb.log_end() {
+            self.at = self.recovery.sb.first;
         }
-        Verdict::More
-    }
-
-    /// A tail holds the transaction and the checksum of everything before the latter.
-    fn tail(&mut self, bytes: &[u8], at: usize, record: &Record<'_>) -> Verdict {
-        let Some((tid, crc)) = record.u32_at(0).zip(record.u32_at(4)) else {
-            return Verdict::End;
-        };
-        let computed = crc32c(self.crc, &bytes[at..at + TAG_HEADER + 4]);
-        if tid == self.expected && crc == computed { Verdict::Whole } else { Verdict::End }
-    }
-}
-
-struct Record<'a> {
-    tag: u16,
-    value: &'a [u8],
-}
-
-impl<'a> Record<'a> {
-    /// The record at a byte; `None` when it does not fit the block.
-    fn at(bytes: &'a [u8], at: usize) -> Option<Self> {
-        let header = bytes.get(at..at.checked_add(TAG_HEADER)?)?;
-        let tag = u16::from_le_bytes([header[0], header[1]]);
-        let len = usize::from(u16::from_le_bytes([header[2], header[3]]));
-        let start = at + TAG_HEADER;
-        Some(Self { tag, value: bytes.get(start..start.checked_add(len)?)? })
-    }
-
-    fn u32_at(&self, at: usize) -> Option<u32> {
-        let bytes = self.value.get(at..at.checked_add(4)?)?;
-        Some(u32::from_le_bytes(bytes.try_into().ok()?))
+        Ok(())
     }
 }

@@ -15,6 +15,10 @@
 //! Order of a replay: blocks home, flush, journal superblock (log empty, next
 //! transaction number), flush. A cut anywhere in between replays again.
 //!
+//! Fast commits behind the log are applied to what the log leaves, in memory and before anything
+//! is written. Once the log's blocks are home they become the log's only transaction, see
+//! [`fast_commit`], and that is brought home as any other.
+//!
 //! Invariants: nothing is written before the scan succeeded; memory is bounded
 //! by the length of the journal, never by a number read from it alone; no pass
 //! visits more blocks than the log has.
@@ -26,7 +30,8 @@ mod target;
 use std::collections::BTreeMap;
 
 use uext_blockdev::{BioFlags, BlockDevice, mutant};
-use uext_ondisk::jbd2::{JournalIncompat, JournalSuperblock, edit_superblock_with};
+use uext_ondisk::fast_commit::FastCommit;
+use uext_ondisk::jbd2::{JournalSuperblock, edit_superblock_with};
 use uext_ondisk::{Corrupt, FsBlock};
 
 use crate::error::{IoWhat, JournalError, Result};
@@ -66,8 +71,8 @@ pub struct RecoveryReport {
     pub errno: i32,
     /// What could not be recovered.
     pub damage: Option<JournalError>,
-    /// The transaction whose fast commits wait in the journal's last blocks.
-    pub fast_commits: Option<Tid>,
+    /// Fast commits that were replayed behind the last transaction.
+    pub fast_commits: usize,
     /// Block of the log behind the last transaction.
     pub head: u32,
 }
@@ -84,7 +89,7 @@ impl RecoveryReport {
             blocks_revoked: 0,
             errno: sb.errno,
             damage: None,
-            fast_commits: None,
+            fast_commits: 0,
             head: sb.head,
         }
     }
@@ -124,21 +129,33 @@ impl<'a> Recovery<'a> {
     /// Replays the log onto the filesystem and empties it. A clean journal is left as it is.
     ///
     /// # Errors
-    /// `FastCommits` when such records wait, before anything is written; `Io` when
-    /// a write or flush failed, and the log is kept; with [`OnDamage::Keep`] also
-    /// whatever is damaged, before anything is written.
+    /// `Io` when a write or flush failed, and the log is kept; with [`OnDamage::Keep`] also
+    /// whatever is damaged, or cannot be replayed, before anything is written.
     pub fn replay(&self, on_damage: OnDamage) -> Result<RecoveryReport> {
         if !self.needs_recovery() {
             return Ok(RecoveryReport::clean(&self.sb));
         }
-        if on_damage == OnDamage::Keep {
-            let mut trial = TrialTarget::new(self.fs, self.journal.block_size);
-            if let Some(damage) = self.run(&mut trial, true)?.damage {
-                return Err(damage);
-            }
+        let mut fast = None;
+        let (trial, commits) = self.run(&mut TrialTarget::new(self.fs, self.journal.block_size))?;
+        let refused = match trial.damage {
+            Some(damage) => Some(damage),
+            None if commits.is_empty() => None,
+            None => match self.apply_fast_commits(&commits) {
+                Ok(changes) => {
+                    fast = Some(changes);
+                    None
+                }
+                Err(error) => Some(error),
+            },
+        };
+        if on_damage == OnDamage::Keep
+            && let Some(refused) = refused
+        {
+            return Err(refused);
         }
         let mut target = DeviceTarget::new(self.fs, self.journal.block_size);
-        let mut report = self.run(&mut target, true)?;
+        let (mut report, _) = self.run(&mut target)?;
+        report.damage = report.damage.or(refused);
         if mutant!("log-emptied-before-replay") {
             self.mark_empty(report.end_tid.wrapping_add(1))?;
         }
@@ -148,11 +165,20 @@ impl<'a> Recovery<'a> {
         {
             return Err(damage);
         }
-        // After a failed pass e2fsck keeps the old number; after a whole one the
-        // number of the first transaction that is not there is never used again,
-        // because half of it may lie in the log.
         let failed = !matches!(report.damage, None | Some(JournalError::DamagedTransaction(_)));
-        let next = if failed { report.start_tid } else { report.end_tid.wrapping_add(1) };
+        let mut next = report.end_tid.wrapping_add(1);
+        match fast.filter(|_| report.damage.is_none()) {
+            Some(changes) => {
+                self.bring_home(report.end_tid, report.head, changes)?;
+                report.fast_commits = commits.len();
+                next = next.wrapping_add(1);
+            }
+            // After a failed pass e2fsck keeps the old number; after a whole one the
+            // number of the first transaction that is not there is never used again,
+            // because half of it may lie in the log.
+            None if failed => next = report.start_tid,
+            None => {}
+        }
         self.mark_empty(next)?;
         if !failed {
             report.transactions = report.end_tid.wrapping_sub(report.start_tid);
@@ -160,43 +186,61 @@ impl<'a> Recovery<'a> {
         Ok(report)
     }
 
+    /// What fast commits change over the log's replay.
+    fn apply_fast_commits(&self, commits: &[FastCommit]) -> Result<Overlay> {
+        let mut log = MemoryTarget::new(self.fs, self.journal.block_size);
+        self.run(&mut log)?;
+        let log = log.into_overlay();
+        let changes = crate::fast_commit::apply(self.fs, self.journal.block_size, &log, commits)?;
+        self.check_room(changes.len())?;
+        Ok(changes)
+    }
+
     /// Replays the log into memory; nothing is written. For read-only mounts and dry runs.
     ///
     /// # Errors
-    /// `Io` when the log cannot be read, or what is damaged; `report.fast_commits`
-    /// tells of records that are not in the overlay.
+    /// `Io` when the log cannot be read, or what is damaged or cannot be replayed.
     pub fn replay_in_memory(&self) -> Result<(RecoveryReport, Overlay)> {
         if !self.needs_recovery() {
             return Ok((RecoveryReport::clean(&self.sb), Overlay::new()));
         }
         let mut target = MemoryTarget::new(self.fs, self.journal.block_size);
-        let report = self.run(&mut target, false)?;
-        match report.damage {
-            Some(damage) => Err(damage),
-            None => Ok((report, target.into_overlay())),
+        let (mut report, commits) = self.run(&mut target)?;
+        if let Some(damage) = report.damage {
+            return Err(damage);
         }
+        let mut overlay = target.into_overlay();
+        if !commits.is_empty() {
+            let size = self.journal.block_size;
+            let changes = crate::fast_commit::apply(self.fs, size, &overlay, &commits)?;
+            overlay.extend(changes);
+            report.fast_commits = commits.len();
+        }
+        Ok((report, overlay))
     }
 
-    /// The three passes. Damage is in the report; an error means the target failed.
-    fn run(&self, target: &mut dyn Target, refuse_fast_commits: bool) -> Result<RecoveryReport> {
+    /// The three passes, and the fast commits that wait behind the log. Damage is in the report;
+    /// an error means the target failed.
+    fn run(&self, target: &mut dyn Target) -> Result<(RecoveryReport, Vec<FastCommit>)> {
         let mut passes = Passes::new(self.journal, &self.sb);
         let mut report = RecoveryReport { was_dirty: true, ..RecoveryReport::clean(&self.sb) };
         let scan = match passes.scan() {
             Ok(scan) => scan,
             Err(damage) => {
                 report.damage = Some(damage);
-                return Ok(report);
+                return Ok((report, Vec::new()));
             }
         };
         self.note_scan(&mut report, &scan);
-        if refuse_fast_commits && let Some(tid) = report.fast_commits {
-            return Err(JournalError::FastCommits(tid));
-        }
+        let commits = self.fast_commits(scan.end).unwrap_or_else(|damage| {
+            report.damage.get_or_insert(damage);
+            Vec::new()
+        });
         let revoked = match passes.revoke(&scan) {
             Ok(revoked) => revoked,
             Err(damage) => {
                 report.damage = Some(damage);
-                return Ok(report);
+                return Ok((report, Vec::new()));
             }
         };
         report.revoke_records = revoked.records;
@@ -204,7 +248,7 @@ impl<'a> Recovery<'a> {
         report.blocks_replayed = replayed.written;
         report.blocks_revoked = replayed.revoked;
         report.damage = replayed.damage.or(report.damage);
-        Ok(report)
+        Ok((report, commits))
     }
 
     fn note_scan(&self, report: &mut RecoveryReport, scan: &Scan) {
@@ -212,21 +256,21 @@ impl<'a> Recovery<'a> {
         report.transactions = scan.end.wrapping_sub(report.start_tid);
         report.head = scan.head;
         report.damage = scan.failed_commit.map(JournalError::DamagedTransaction);
-        if self.sb.incompat.contains(JournalIncompat::FAST_COMMIT)
-            && fast_commit::present(&self.journal, &self.sb, scan.end)
-        {
-            report.fast_commits = Some(scan.end);
-        }
     }
 
     /// Writes the journal superblock of an empty log whose next transaction is `next`.
     fn mark_empty(&self, next: Tid) -> Result<()> {
+        self.set_start(next, 0)
+    }
+
+    /// Says durably where the log begins, 0 when it is empty, and with which transaction.
+    fn set_start(&self, tid: Tid, start: u32) -> Result<()> {
         let at = self.journal.map.superblock();
         let offset = self.journal.byte_offset(at)?;
         let mut block = self.journal.read(at)?;
         edit_superblock_with(&mut block, |raw| {
-            raw.s_sequence = next.into();
-            raw.s_start = 0.into();
+            raw.s_sequence = tid.into();
+            raw.s_start = start.into();
         })?;
         let device = self.journal.device;
         device
