@@ -7,7 +7,7 @@ DEMO_DIR ?= /var/tmp/uext-demo
 
 UEXT := $(or $(CARGO_TARGET_DIR),target)/release/uext
 
-.PHONY: help all deps check test models faults demo install uninstall fuzz bench bench-micro test-uring identity lint-deps test-full fsx posix pjdfstest xfstests crash crash-long mutants clean
+.PHONY: help all deps check test models faults demo install uninstall fuzz bench bench-micro test-uring identity lint-deps test-full fsx posix pjdfstest stress-ng xfstests crash crash-long mutants clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
@@ -79,6 +79,9 @@ posix: all ## The numbered suite, all of it, on uext and the kernel's ext4 (root
 
 pjdfstest: all ## pjdfstest on uext and the kernel's ext4: the same result (root)
 	@tests/scripts/pjdfstest.sh $(UEXT)
+
+stress-ng: all ## stress-ng's filesystem stressors on uext and the kernel's ext4, 30 s each (root; an hour)
+	@tests/scripts/stress-ng.sh $(UEXT)
 
 xfstests: all ## XFSTESTS=dir [ARGS=...]: a built xfstests tree on uext, e2fsck as judge (root)
 	UEXT=$(UEXT) tests/xfstests/run $(XFSTESTS) $(ARGS)
