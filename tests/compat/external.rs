@@ -154,3 +154,92 @@ fn external_journal_4k() {
     require!("mke2fs", "e2fsck", "losetup", "setfacl", "setfattr");
     kernel_and_uext_share_an_external_journal("4096");
 }
+
+/// Runs the program; its exit status and what it said.
+fn run_uext(args: &[&str]) -> (Option<i32>, String) {
+    let output = Command::new(uext()).args(args).output().expect("run uext");
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8_lossy(&text).into_owned())
+}
+
+#[track_caller]
+fn mkfs(args: &[&str]) -> String {
+    let (status, text) = run_uext(&[&["mkfs"], args].concat());
+    assert_eq!(status, Some(0), "{args:?}: {text}");
+    text
+}
+
+fn our_mkfs_makes_journals_the_kernel_uses(block_size: &str) {
+    let scratch = Scratch::new();
+    let journal = scratch.sparse("journal.img", 16 << 20);
+    let image = scratch.sparse("image.img", 64 << 20);
+    let (dir, names) = (scratch.mount_point("mnt"), [&journal, &image]);
+    let [journal_name, image_name] = names.map(|path| path.to_str().expect("a name"));
+    mkfs(&["-q", "-O", "journal_dev", "-b", block_size, "-L", "a-journal", journal_name]);
+    let dumped = run(Command::new("dumpe2fs").arg(&journal));
+    assert!(dumped.contains("journal_dev") && dumped.contains("a-journal"), "{dumped}");
+    assert!(dumped.contains("Journal number of users:  0"), "{dumped}");
+    // A journal is no filesystem, and says so.
+    let (status, text) = run_uext(&["mount", journal_name, dir.to_str().expect("a name")]);
+    assert_eq!(status, Some(32), "{text}");
+    assert!(text.contains("external journal") && text.lines().count() == 1, "{text}");
+
+    // By the name of a device, whose number goes into the superblock.
+    let attached = Loop::new(&journal);
+    let by_name = format!("device={}", attached.0);
+    mkfs(&["-q", "-J", &by_name, image_name]);
+    let dumped = run(Command::new("dumpe2fs").arg("-h").arg(&image));
+    let device = std::os::unix::fs::MetadataExt::rdev(&fs::metadata(&attached.0).expect("stat"));
+    let number = nix::sys::stat::major(device) << 8 | nix::sys::stat::minor(device);
+    let shown = format!("Journal device:\t          0x{number:04x}");
+    assert!(dumped.contains(&shown), "{shown}: {dumped}");
+    // It has a user now, who stays.
+    let (status, text) = run_uext(&["mkfs", "-q", "-F", "-n", "-J", &by_name, image_name]);
+    assert_eq!(status, Some(0), "{text}");
+    let other = scratch.sparse("other.img", 64 << 20);
+    let other_name = other.to_str().expect("a name");
+    let (status, text) = run_uext(&["mkfs", "-q", "-J", &by_name, other_name]);
+    assert_eq!(status, Some(1), "{text}");
+    assert!(text.contains("is used by") && text.lines().count() == 1, "{text}");
+    drop(attached);
+    assert_eq!(e2fsck(&image, &journal, "-fn").0, Some(0));
+
+    let size = Size { files: 100, big_dir: 200 };
+    let by_kernel = {
+        let _mount = Kernel::new(&image, &journal, &dir);
+        fill(&dir, size, 1);
+        listing(&dir)
+    };
+    let mount = UextMount::new(&image, &dir, &format!("journal_path={journal_name}"));
+    assert_same(&listing(&dir), &by_kernel);
+    mount.unmount();
+    assert_eq!(e2fsck(&image, &journal, "-fn").0, Some(0));
+    let (status, text) = run_uext(&["fsck", "-n", "-f", "-j", journal_name, image_name]);
+    assert_eq!(status, Some(0), "{text}");
+
+    // Another journal is found out, and by its UUID or label one is found.
+    let wrong = scratch.sparse("wrong.img", 16 << 20);
+    let wrong_name = wrong.to_str().expect("a name");
+    mkfs(&["-q", "-O", "journal_dev", "-b", block_size, "-L", "uext-wrong", wrong_name]);
+    let (status, text) = run_uext(&["fsck", "-n", "-f", "-j", wrong_name, image_name]);
+    assert_eq!(status, Some(4), "{text}");
+    let _attached = Loop::new(&wrong);
+    let uuid = run(Command::new("blkid").args(["-p", "-s", "UUID", "-o", "value"]).arg(&wrong));
+    for spec in [format!("device=UUID={}", uuid.trim()), "device=LABEL=uext-wrong".to_owned()] {
+        let text = mkfs(&["-F", "-J", &spec, other_name]);
+        assert!(text.contains(uuid.trim()), "{spec}: {text}");
+        assert_eq!(e2fsck(&other, &wrong, "-fn").0, Some(0));
+    }
+}
+
+#[test]
+fn our_mkfs_makes_journals_of_1k_blocks() {
+    require!("mke2fs", "e2fsck", "dumpe2fs", "losetup");
+    our_mkfs_makes_journals_the_kernel_uses("1024");
+}
+
+#[test]
+fn our_mkfs_makes_journals_of_4k_blocks() {
+    require!("mke2fs", "e2fsck", "dumpe2fs", "losetup");
+    our_mkfs_makes_journals_the_kernel_uses("4096");
+}

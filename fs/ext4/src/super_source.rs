@@ -16,7 +16,9 @@ use uext_ondisk::error::CorruptKind;
 use uext_ondisk::features::Compat;
 use uext_ondisk::geometry::backup_places;
 use uext_ondisk::group_desc::GroupDesc;
-use uext_ondisk::superblock::{SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, State, Superblock};
+use uext_ondisk::superblock::{
+    JournalDevice, SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE, State, Superblock,
+};
 use uext_ondisk::{Corrupt, GroupNumber};
 
 use crate::error::{Error, Result};
@@ -83,6 +85,12 @@ fn from_primary(dev: &dyn BlockDevice) -> std::result::Result<Found, MountError>
         Ok(sb) => return Ok(Found { sb, origin: Origin::Primary }),
         Err(corrupt) => corrupt,
     };
+    if JournalDevice::parse(&bytes).is_ok() {
+        return Err(MountError::Options(
+            "this is an external journal, no filesystem: mount the filesystem that uses it, with \
+             `-o journal_path=` and this device",
+        ));
+    }
     let torn = Superblock::parse_torn(&bytes).filter(|_| !mutant!("torn-superblock-refused"));
     match torn.filter(|torn| is_confirmed(dev, torn)) {
         Some(sb) => Ok(Found { sb, origin: Origin::Torn }),

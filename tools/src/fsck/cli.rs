@@ -37,6 +37,9 @@ struct Cli {
     /// The block size that goes with -b.
     #[arg(short = 'B', value_name = "BYTES")]
     block_size: Option<u32>,
+    /// The device or image of the external journal, to check with the filesystem.
+    #[arg(short = 'j', value_name = "JOURNAL")]
+    journal: Option<PathBuf>,
     /// Extended options: strict counts warnings as errors.
     #[arg(short = 'E', value_name = "OPTIONS")]
     extended: Option<String>,
@@ -90,6 +93,7 @@ fn options(cli: &Cli) -> Result<Options, String> {
         superblock: cli.superblock,
         block_size: cli.block_size,
         strict,
+        journal: cli.journal.clone(),
     })
 }
 

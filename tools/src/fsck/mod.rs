@@ -30,6 +30,7 @@ mod walk;
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use uext_blockdev::BlockDevice;
@@ -64,6 +65,8 @@ pub struct Options {
     pub block_size: Option<u32>,
     /// Count warnings as errors (`-E strict`).
     pub strict: bool,
+    /// The external journal (`-j`).
+    pub journal: Option<PathBuf>,
 }
 
 /// What a check found.
@@ -150,7 +153,7 @@ fn run_passes<'a>(
     };
     reserved::check_times(&mut ctx, now());
     reserved::check_quota_inodes(&mut ctx);
-    reserved::check_journal(&mut ctx);
+    reserved::check_journal(&mut ctx, options.journal.as_deref());
     reserved::check_resize_inode(&mut ctx);
     let say = |ctx: &mut Context<'_, '_>, line: &str| ctx.report.say(line);
     say(&mut ctx, "Pass 1: inodes, blocks and sizes");

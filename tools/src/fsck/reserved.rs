@@ -3,10 +3,15 @@
 //! A journal that needs recovery is left alone: a read-only check reports what
 //! is on the disk and says so, as e2fsck does.
 
+use std::path::Path;
+
+use uext_blockdev::BlockDevice;
+use uext_blockdev::file::{FileDevice, OpenOptions};
 use uext_ondisk::features::Incompat;
 use uext_ondisk::indirect::{DOUBLE_INDIRECT, Pointers};
 use uext_ondisk::inode::{InodeFlags, InodeRef};
 use uext_ondisk::jbd2::{JournalSuperblock, MIN_BLOCKS, RawJournalSuperblock};
+use uext_ondisk::superblock::{JournalDevice, SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE};
 use uext_ondisk::{GroupNumber, InodeNumber};
 use zerocopy::FromBytes;
 
@@ -80,7 +85,7 @@ fn resize_inode_is_sound(ctx: &Context<'_, '_>, inode: InodeRef<'_>) -> Result<(
 }
 
 /// Checks the journal's inode and superblock, and that the superblock agrees.
-pub fn check_journal(ctx: &mut Context<'_, '_>) {
+pub fn check_journal(ctx: &mut Context<'_, '_>, external: Option<&Path>) {
     let raw = ctx.sb.raw();
     let features = ctx.sb.features();
     let recover = features.incompat.contains(Incompat::RECOVER);
@@ -96,13 +101,52 @@ pub fn check_journal(ctx: &mut Context<'_, '_>) {
         ctx.problem(Code::JournalNotReplayed, At::fs());
     }
     if inum == 0 && elsewhere {
-        ctx.problem(Code::JournalExternal, At::fs());
+        match external.map(|path| check_external(ctx, path)) {
+            None => ctx.problem(Code::JournalExternal, At::fs()),
+            Some(Ok(())) => {}
+            Some(Err(text)) => ctx.problem(Code::JournalSuper, At::fs().text(text)),
+        }
         return;
     }
     match journal_block(ctx, inum) {
         Ok((block, count)) => check_journal_super(ctx, block, count, recover),
         Err(text) => ctx.problem(Code::JournalInode, At::ino(inum).text(text)),
     }
+}
+
+/// Whether a device is the journal of this filesystem and of no other.
+fn check_external(ctx: &Context<'_, '_>, path: &Path) -> Result<(), String> {
+    let open = OpenOptions { read_only: true, direct: false, ..OpenOptions::default() };
+    let device = FileDevice::open(path, open).map_err(|error| error.to_string())?;
+    let device: &dyn BlockDevice = &*device;
+    let read = |offset, len| {
+        device.read_at(offset, len).map_err(|status| format!("{}: {status}", path.display()))
+    };
+    let own = JournalDevice::parse(&read(SUPERBLOCK_OFFSET, SUPERBLOCK_SIZE)?)
+        .map_err(|error| format!("{}: {error}", path.display()))?;
+    if own.uuid != ctx.sb.journal_uuid() {
+        let wanted = ctx.sb.journal_uuid();
+        return Err(format!("{} is journal {}, not {wanted}", path.display(), own.uuid));
+    }
+    if own.block_size != ctx.sb.block_size() {
+        return Err(format!("the external journal has blocks of {} bytes", own.block_size));
+    }
+    let place = u64::from(own.superblock()) * u64::from(own.block_size);
+    let bytes = read(place, own.block_size as usize)?;
+    let journal = JournalSuperblock::parse(&bytes).map_err(|error| error.detail)?;
+    let (raw, _) = RawJournalSuperblock::ref_from_prefix(&bytes)
+        .map_err(|_| "the external journal's superblock is cut off".to_owned())?;
+    if journal.user_count != 1 || raw.s_users.first() != Some(ctx.sb.uuid().as_bytes()) {
+        let count = journal.user_count;
+        return Err(format!("{count} filesystems use the external journal, and not only this one"));
+    }
+    let recover = ctx.sb.features().incompat.contains(Incompat::RECOVER);
+    if journal.needs_recovery() && !recover {
+        return Err(
+            "the external journal holds transactions the superblock does not know of".into()
+        );
+    }
+    Ok(())
 }
 
 /// The journal's first block and its length in blocks.

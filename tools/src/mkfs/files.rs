@@ -92,7 +92,11 @@ impl FirstFiles {
         if layout.sb.features().compat.contains(Compat::RESIZE_INODE) {
             files.add_resize_inode(layout)?;
         }
-        if layout.sb.features().has_journal() {
+        if let Some(journal) = &params.journal_device {
+            let raw = layout.sb.raw_mut();
+            raw.s_journal_uuid = journal.own.uuid.into_bytes();
+            raw.s_journal_dev = journal.number.into();
+        } else if layout.sb.features().has_journal() {
             files.add_journal(params, layout)?;
         }
         if layout.sb.features().orphan_file() {

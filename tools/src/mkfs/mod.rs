@@ -4,6 +4,7 @@
 //! - [`params`] decides numbers and features, [`layout`] and [`files`] decide places,
 //!   without I/O;
 //! - [`writer`] writes, and nothing is a filesystem until its last write;
+//! - [`journal_dev`] makes and joins journals on devices of their own;
 //! - [`guard`] keeps it from what is in use or holds something.
 //!
 //! It uses the format and the block layer, never the filesystem's own allocator, so that
@@ -12,6 +13,7 @@
 mod error;
 pub mod files;
 pub mod guard;
+pub mod journal_dev;
 pub mod layout;
 pub mod options;
 pub mod params;
@@ -52,8 +54,14 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> i32 {
         eprintln!("uext mkfs {}, with the defaults of mke2fs 1.47.4", env!("CARGO_PKG_VERSION"));
         return 0;
     }
-    match run(&options, &Surroundings::from_environment()) {
-        Ok(_) => 0,
+    let around = Surroundings::from_environment();
+    let made = match params::wants_journal_dev(&options) {
+        Ok(false) => run(&options, &around).map(|_| ()),
+        Ok(true) => run_journal_dev(&options, &around),
+        Err(error) => Err(error),
+    };
+    match made {
+        Ok(()) => 0,
         Err(error) => {
             eprintln!("uext mkfs: {error}");
             1
@@ -90,7 +98,8 @@ pub fn run(options: &Options, around: &Surroundings) -> Result<Superblock> {
     if options.dry_run {
         return Ok(layout.sb);
     }
-    let target = PreparedTarget::new(target, &kind, &params)?;
+    let bytes = params.blocks * u64::from(params.block_size);
+    let target = PreparedTarget::new(target, &kind, bytes)?;
     let dev = FileDevice::open(target.path, OpenOptions::default())?;
     let dev: &dyn BlockDevice = &*dev;
     let bytes = layout.sb.blocks_count() << layout.sb.block_size_bits();
@@ -101,6 +110,10 @@ pub fn run(options: &Options, around: &Surroundings) -> Result<Superblock> {
     if !target.is_new {
         refuse_contents(dev, target.path, options)?;
     }
+    if let Some(journal) = &params.journal_device {
+        let device = journal.open(options.force > 0)?;
+        journal.join(&*device, params.uuid)?;
+    }
     let progress = Progress::new(!quiet);
     let punched = kind != TargetKind::Block;
     writer::write(dev, &params, &mut layout, &files, punched, &progress)?;
@@ -110,6 +123,42 @@ pub fn run(options: &Options, around: &Surroundings) -> Result<Superblock> {
         println!("Done.");
     }
     Ok(layout.sb)
+}
+
+/// Makes a journal device (`-O journal_dev`).
+fn run_journal_dev(options: &Options, around: &Surroundings) -> Result<()> {
+    let target = options.target.as_deref().ok_or_else(|| error::usage("no image or device"))?;
+    let kind = TargetKind::of(target, params::asked_size(options)?)?;
+    if !options.dry_run
+        && options.force < 2
+        && let Some(user) = guard::user_of(target)
+    {
+        let text = format!("{} is {user}; nothing was done", target.display());
+        return Err(MkfsError::Refused(text));
+    }
+    let new = params::new_journal(options, &kind.facts(target)?, around)?;
+    let size = u64::from(new.block_size);
+    if !options.quiet || options.dry_run {
+        println!("journal of {} blocks of {size} bytes on {}", new.blocks, target.display());
+        println!("  UUID {}", new.uuid);
+    }
+    if options.dry_run {
+        return Ok(());
+    }
+    let target = PreparedTarget::new(target, &kind, new.blocks * size)?;
+    let dev = FileDevice::open(target.path, OpenOptions::default())?;
+    let dev: &dyn BlockDevice = &*dev;
+    if new.blocks * size > dev.size() {
+        let text =
+            format!("the device has {} bytes, the journal {}", dev.size(), new.blocks * size);
+        return Err(error::usage(text));
+    }
+    if !target.is_new {
+        refuse_contents(dev, target.path, options)?;
+    }
+    journal_dev::make(dev, &new)?;
+    target.keep();
+    Ok(())
 }
 
 /// Makes a filesystem on an open device: for tests and other programs. Nothing is asked and
@@ -182,10 +231,9 @@ struct PreparedTarget<'a> {
 }
 
 impl<'a> PreparedTarget<'a> {
-    fn new(path: &'a Path, kind: &TargetKind, params: &Params) -> Result<Self> {
+    fn new(path: &'a Path, kind: &TargetKind, bytes: u64) -> Result<Self> {
         let failed = |source| MkfsError::File { path: path.to_owned(), source };
         let is_new = *kind == TargetKind::New;
-        let bytes = params.blocks * u64::from(params.block_size);
         let prepared = Self { path, is_new, kept: std::cell::Cell::new(!is_new) };
         if is_new {
             File::create_new(path).and_then(|file| file.set_len(bytes)).map_err(failed)?;
@@ -249,6 +297,9 @@ fn say_what(target: &Path, params: &Params, sb: &Superblock, files: &FirstFiles,
     println!("  UUID {}", sb.uuid());
     if files.journal_blocks > 0 {
         println!("  journal of {} blocks", files.journal_blocks);
+    }
+    if let Some(journal) = &params.journal_device {
+        println!("  journal on {}, UUID {}", journal.path.display(), journal.own.uuid);
     }
     let backups: Vec<String> = sb
         .backup_groups()

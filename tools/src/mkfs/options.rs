@@ -56,7 +56,7 @@ pub struct Options {
     #[arg(short = 'm', value_name = "PERCENT")]
     pub reserved_percent: Option<f64>,
 
-    /// Features, comma-separated; ^ clears.
+    /// Features, comma-separated; ^ clears; journal_dev alone makes a journal device.
     #[arg(short = 'O', value_name = "FEATURES", allow_hyphen_values = true)]
     pub features: Vec<String>,
 
@@ -72,7 +72,7 @@ pub struct Options {
     #[arg(short = 'j')]
     pub journal: bool,
 
-    /// Journal options: size=MEGABYTES, location=BLOCK.
+    /// Journal options: size=MEGABYTES, location=BLOCK, device=DEVICE|UUID=…|LABEL=….
     #[arg(short = 'J', value_name = "OPTIONS")]
     pub journal_options: Vec<String>,
 

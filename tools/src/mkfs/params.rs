@@ -10,6 +10,7 @@ use uext_ondisk::superblock::{DefaultMountOpts, ErrorsPolicy, GOOD_OLD_INODE_SIZ
 use uuid::Uuid;
 
 use super::error::{MkfsError, Result, usage};
+use super::journal_dev::{ExternalJournal, NewJournal};
 use super::options::Options;
 
 /// What is known of the device before anything is decided.
@@ -76,6 +77,8 @@ pub struct Params {
     pub journal_mib: Option<u32>,
     /// First block to try for the journal.
     pub journal_location: Option<u64>,
+    /// The journal when it lies on a device of its own.
+    pub journal_device: Option<ExternalJournal>,
     /// Blocks of the orphan file asked for.
     pub orphan_blocks: Option<u32>,
     /// Backups under `sparse_super2`: 0 to 2.
@@ -213,7 +216,19 @@ impl Params {
             return Err(MkfsError::Unsupported(option.to_owned()));
         }
         let fs_type = checked_type(options)?;
-        let asked_block = asked_block_size(options)?;
+        let external = external_journal(options)?;
+        let asked_block = match (asked_block_size(options)?, &external) {
+            (Some(asked), Some(journal))
+                if !asked.at_least && asked.bytes != journal.own.block_size =>
+            {
+                let (ours, theirs) = (asked.bytes, journal.own.block_size);
+                return Err(usage(format!("-b {ours}: the journal has blocks of {theirs} bytes")));
+            }
+            (_, Some(journal)) => {
+                Some(AskedBlockSize { bytes: journal.own.block_size, at_least: false })
+            }
+            (asked, None) => asked,
+        };
         let asked_bytes = asked_size(options)?;
         let bytes = asked_bytes.unwrap_or(facts.bytes);
         let usages = usages(options, bytes)?;
@@ -233,6 +248,7 @@ impl Params {
             resize_to: None,
             journal_mib: None,
             journal_location: None,
+            journal_device: external,
             orphan_blocks: None,
             backups: 2,
             packed_meta: false,
@@ -310,14 +326,24 @@ impl Params {
                     let bytes = parse_bytes(value, unit, "journal location")?;
                     self.journal_location = Some(bytes / unit);
                 }
-                ("v1_superblock" | "device" | "fast_commit_size", _) => {
+                ("device", Some(_)) => {} // See `external_journal`.
+                ("v1_superblock" | "fast_commit_size", _) => {
                     return Err(MkfsError::Unsupported(format!("-J {key}")));
                 }
                 _ => return Err(usage(format!("-J does not know {key:?}"))),
             }
         }
-        if self.journal_mib.is_some() {
+        if self.journal_mib.is_some() || self.journal_device.is_some() {
             self.features = self.features.with(has_journal);
+        }
+        if let Some(journal) = &self.journal_device {
+            if self.journal_mib.is_some() || self.journal_location.is_some() {
+                return Err(usage("-J device= excludes size= and location="));
+            }
+            if journal.number == 0 {
+                let text = "the journal is an image: mounts must name it with journal_path=";
+                self.warnings.push(text.into());
+            }
         }
         Ok(())
     }
@@ -614,6 +640,52 @@ fn block_size(asked: Option<AskedBlockSize>, usages: &[Usage], facts: &DeviceFac
             Ok(usual.max(sector).max(least))
         }
     }
+}
+
+/// The journal that `-J device=` names.
+fn external_journal(options: &Options) -> Result<Option<ExternalJournal>> {
+    let mut devices = pairs(&options.journal_options).filter(|(key, _)| *key == "device");
+    match devices.next() {
+        None => Ok(None),
+        Some((_, None)) => Err(usage("-J device needs a value")),
+        Some((_, Some(spec))) => ExternalJournal::find(spec).map(Some),
+    }
+}
+
+/// Whether a journal device is asked for and no filesystem.
+///
+/// # Errors
+/// A usage error for other features besides.
+pub fn wants_journal_dev(options: &Options) -> Result<bool> {
+    let words = || options.features.iter().flat_map(|list| list.split([',', ' ']));
+    if !words().any(|word| word == "journal_dev") {
+        return Ok(false);
+    }
+    match words().find(|word| !word.is_empty() && *word != "journal_dev") {
+        Some(other) => Err(usage(format!("-O journal_dev: a journal has no feature {other}"))),
+        None => Ok(true),
+    }
+}
+
+/// The journal device that is asked for.
+///
+/// # Errors
+/// A usage error.
+pub fn new_journal(
+    options: &Options,
+    facts: &DeviceFacts,
+    around: &Surroundings,
+) -> Result<NewJournal> {
+    let bytes = asked_size(options)?.unwrap_or(facts.bytes);
+    let usages = usages(options, bytes)?;
+    let block_size = block_size(asked_block_size(options)?, &usages, facts)?;
+    Ok(NewJournal {
+        block_size,
+        blocks: bytes / u64::from(block_size),
+        uuid: uuid(options, around)?,
+        label: options.label.clone().unwrap_or_default().into_bytes(),
+        now: around.now,
+    })
 }
 
 fn errors_policy(options: &Options) -> Result<ErrorsPolicy> {
