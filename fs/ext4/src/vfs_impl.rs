@@ -403,6 +403,10 @@ impl FileSystem for Ext4 {
         self.edge(ino, done)
     }
 
+    fn prefetch(&self, inos: &[Ino]) {
+        self.prefetch_inodes(inos.iter().filter_map(|ino| u32::try_from(*ino).ok()));
+    }
+
     fn statfs(&self, _ctx: &Context) -> uext_vfs::Result<StatFs> {
         Ok(self.stat_fs())
     }

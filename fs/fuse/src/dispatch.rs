@@ -326,7 +326,6 @@ impl Dispatcher {
             | InitFlags::MAX_PAGES
             | InitFlags::PARALLEL_DIROPS
             | InitFlags::DO_READDIRPLUS
-            | InitFlags::READDIRPLUS_AUTO
             | InitFlags::ASYNC_DIO
             | InitFlags::CACHE_SYMLINKS
             | InitFlags::EXPLICIT_INVAL_DATA

@@ -274,6 +274,8 @@ pub(crate) fn readdirplus(
     fs.readdir(ctx, list.ino, list.fh, list.offset, &mut sink)?;
     let root = fs.root();
     let Plus { out, wanted, .. } = sink;
+    let inos: Vec<Ino> = wanted.iter().map(|(_, ino)| *ino).collect();
+    fs.prefetch(&inos);
     for (at, ino) in wanted {
         // An inode that cannot be read, or went since, keeps node 0: the name is listed,
         // and the error is for whoever looks it up.

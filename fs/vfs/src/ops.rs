@@ -460,6 +460,10 @@ pub trait FileSystem: Send + Sync {
         sink: &mut dyn DirSink,
     ) -> Result<()>;
 
+    /// These inodes are about to be asked for: what of them must be read may be read in one
+    /// go. Errors show when they are asked for.
+    fn prefetch(&self, _inos: &[Ino]) {}
+
     /// The last reference of an open directory is gone.
     fn releasedir(&self, _ino: Ino, _fh: FileHandle) {}
 
