@@ -316,6 +316,10 @@ impl Coordinator<'_> {
     fn exit(&mut self, number: usize) -> io::Result<()> {
         self.messages(number)?;
         let client = &mut self.clients[number];
+        // A process that was waited for shows once more.
+        if client.ended {
+            return Ok(());
+        }
         let Some(status) = client.process.try_wait()? else { return Ok(()) };
         client.ended = true;
         if client.done && status.success() {

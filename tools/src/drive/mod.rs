@@ -303,7 +303,12 @@ fn prepare_target(plan: &Plan, destroy: bool) -> Result<(), String> {
             if path.exists() {
                 std::fs::remove_dir_all(&path).map_err(fail)?;
             }
-            std::fs::create_dir(&path).map_err(fail)
+            std::fs::create_dir(&path).map_err(fail)?;
+            // An earlier run's files must not come back by a crash.
+            let parent = path.parent().unwrap_or(&path);
+            let target = std::fs::File::open(parent).map_err(fail)?;
+            target.sync_all().map_err(fail)?;
+            rustix::fs::syncfs(&target).map_err(|error| fail(error.into()))
         }
         Target::Device(path, bytes) => {
             if !destroy && holds_something(path, *bytes)? {

@@ -362,7 +362,10 @@ impl Workload {
         }
         self.phases.retain(|phase| !phase.steps.is_empty());
         self.ways.retain(|way| way.works_on_devices());
-        if self.ways.is_empty() || (self.steps.is_empty() && self.phases.is_empty()) {
+        let steps = self.phases().into_iter().flat_map(|phase| phase.steps);
+        let writes = |(step, weight)| matches!(step, Step::Write | Step::Rewrite) && weight > 0;
+        // What only reads is what is left of a workload of names.
+        if self.ways.is_empty() || !steps.into_iter().any(writes) {
             return Err(format!("the workload {} needs a directory", self.name));
         }
         // Sectors are the least that a device writes.
