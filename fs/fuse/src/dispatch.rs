@@ -13,13 +13,14 @@ use std::time::Duration;
 
 use uext_sync::Mutex;
 use uext_vfs::{
-    Capabilities, Context, Entry, Errno, FileHandle, FileSystem, IOC_COLLAPSE_RANGE,
+    Capabilities, Context, Entry, Errno, FileHandle, FileKind, FileSystem, IOC_COLLAPSE_RANGE,
     IOC_INSERT_RANGE, Ino, Ioctl, OpenReply, ReadReply, RenameFlags, Result, SetAttr, SetTime,
     Timestamp, WriteFlags, XattrFlags,
 };
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
 use crate::abi::{self, Fattr, Fopen, InHeader, InitFlags, Opcode, WriteInFlags};
+use crate::attr_readers::AttrReaders;
 use crate::caller::Caller;
 use crate::notify::Notifier;
 use crate::reply::{self, Answer, Listing, ReplyBuf, Timeouts};
@@ -86,6 +87,8 @@ pub struct Dispatcher {
     /// Set once nothing may reach the filesystem any more.
     /// PAIRS-WITH: the release store in `unmount` with the acquire load in `dispatch`.
     gone: AtomicBool,
+    /// Because of whom the kernel must be told of changed attributes.
+    attr_readers: AttrReaders,
     /// [itself] How the unmount went, once it was tried.
     unmounted: Mutex<Option<Result<()>>>,
     /// [unmounted] Run after the unmount, before anybody is told of it.
@@ -114,6 +117,7 @@ impl Dispatcher {
             offer_uring: AtomicBool::new(false),
             uring_agreed: AtomicBool::new(false),
             gone: AtomicBool::new(false),
+            attr_readers: AttrReaders::new(),
             unmounted: Mutex::new(None),
             after: Mutex::new(None),
             notifier: OnceLock::new(),
@@ -123,6 +127,17 @@ impl Dispatcher {
     /// Lets the kernel be told what an ioctl changed.
     pub(crate) fn notify_by(&self, notifier: Notifier) {
         let _ = self.notifier.set(notifier);
+    }
+
+    /// A request has changed an inode's attributes, and the kernel knows of that only when it gets
+    /// the reply: what others have been told before must not count after it.
+    fn changed(&self, req: &Request<'_>, ino: Ino) {
+        if self.attr_readers.changed(ino, req.header.pid)
+            && let Some(notifier) = self.notifier.get()
+            && let Err(errno) = notifier.inval_attributes(ino)
+        {
+            log::warn!("telling of the changed attributes of inode {ino}: {errno}");
+        }
     }
 
     /// Says whether `INIT` may ask for FUSE over io_uring.
@@ -212,11 +227,15 @@ impl Dispatcher {
             }
             Opcode::Unlink => {
                 let name = one_name(req.payload)?;
-                self.status(self.fs.unlink(&req.context(), self.node(req), name))
+                self.fs.unlink(&req.context(), self.node(req), name)?;
+                self.changed(req, self.node(req));
+                Ok(Answer::Status(Ok(())))
             }
             Opcode::Rmdir => {
                 let name = one_name(req.payload)?;
-                self.status(self.fs.rmdir(&req.context(), self.node(req), name))
+                self.fs.rmdir(&req.context(), self.node(req), name)?;
+                self.changed(req, self.node(req));
+                Ok(Answer::Status(Ok(())))
             }
             Opcode::Rename | Opcode::Rename2 => self.rename(opcode, req),
 
@@ -237,7 +256,9 @@ impl Dispatcher {
             Opcode::Getxattr | Opcode::Listxattr => self.getxattr(opcode, req, out),
             Opcode::Removexattr => {
                 let name = xattr_name(req.payload)?;
-                self.status(self.fs.removexattr(&req.context(), self.node(req), name))
+                self.fs.removexattr(&req.context(), self.node(req), name)?;
+                self.changed(req, self.node(req));
+                Ok(Answer::Status(Ok(())))
             }
 
             Opcode::Statfs => {
@@ -383,7 +404,16 @@ impl Dispatcher {
             _ => self.fs.lookup(&req.context(), self.node(req), name),
         };
         match found {
-            Ok(entry) => self.put_entry(&entry, out)?,
+            Ok(mut entry) => {
+                if entry.attr.kind == FileKind::Directory {
+                    // Marked first and read after it, which its number was needed for.
+                    self.attr_readers.give(entry.attr.ino, req.header.pid);
+                    if let Ok(attr) = self.fs.getattr(&req.context(), entry.attr.ino) {
+                        entry.attr = attr;
+                    }
+                }
+                self.put_entry(&entry, out)?;
+            }
             Err(Errno::ENOENT) if self.timeouts.negative > Duration::ZERO => {
                 out.put(&reply::negative_entry(&self.timeouts))?;
             }
@@ -393,6 +423,7 @@ impl Dispatcher {
     }
 
     fn getattr(&self, opcode: Opcode, req: &Request<'_>, out: &mut ReplyBuf<'_>) -> Result<Answer> {
+        self.attr_readers.give(self.node(req), req.header.pid);
         let attr = self.fs.getattr(&req.context(), self.node(req))?;
         match opcode {
             Opcode::Statx => out.put(&reply::statx_out(&attr, self.timeouts.attr))?,
@@ -435,6 +466,7 @@ impl Dispatcher {
                 self.fs.link(&ctx, self.ino(args.oldnodeid), parent, one_name(req.payload)?)
             }
         }?;
+        self.changed(req, parent);
         self.put_entry(&entry, out)?;
         Ok(Answer::Buffer)
     }
@@ -449,12 +481,12 @@ impl Dispatcher {
         let flags = RenameFlags::from_bits(flags).ok_or(Errno::EINVAL)?;
         let (from, rest) = cstr(req.payload)?;
         let (to, _) = cstr(rest)?;
-        self.status(self.fs.rename(
-            &req.context(),
-            (self.node(req), file_name(from)?),
-            (self.ino(newdir), file_name(to)?),
-            flags,
-        ))
+        let (from_dir, to_dir) = (self.node(req), self.ino(newdir));
+        let (from, to) = (file_name(from)?, file_name(to)?);
+        self.fs.rename(&req.context(), (from_dir, from), (to_dir, to), flags)?;
+        self.changed(req, from_dir);
+        self.changed(req, to_dir);
+        Ok(Answer::Status(Ok(())))
     }
 
     fn open(&self, opcode: Opcode, req: &Request<'_>, out: &mut ReplyBuf<'_>) -> Result<Answer> {
@@ -481,6 +513,7 @@ impl Dispatcher {
             _ if self.stateless() => return Err(Errno::ENOSYS),
             _ => self.fs.create(&ctx, parent, one_name(req.payload)?, args.mode, flags)?,
         };
+        self.changed(req, parent);
         self.put_entry(&entry, out)?;
         out.put(&open_out(&open))?;
         Ok(Answer::Buffer)
@@ -542,7 +575,10 @@ impl Dispatcher {
         let ctx = req.context();
         match opcode {
             Opcode::Readdir => reply::readdir(&*self.fs, &ctx, &list, out)?,
-            _ => reply::readdirplus(&*self.fs, &ctx, &list, out, &self.timeouts)?,
+            _ => {
+                let give = |ino| self.attr_readers.give(ino, req.header.pid);
+                reply::readdirplus(&*self.fs, &ctx, &list, out, &self.timeouts, &give)?;
+            }
         }
         Ok(Answer::Buffer)
     }
@@ -634,7 +670,9 @@ impl Dispatcher {
         if args.setxattr_flags & abi::SETXATTR_ACL_KILL_SGID != 0 {
             flags |= XattrFlags::ACL_KILL_SGID;
         }
-        self.status(self.fs.setxattr(&req.context(), self.node(req), name, value, flags))
+        self.fs.setxattr(&req.context(), self.node(req), name, value, flags)?;
+        self.changed(req, self.node(req));
+        Ok(Answer::Status(Ok(())))
     }
 
     fn getxattr(

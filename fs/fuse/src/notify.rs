@@ -14,7 +14,7 @@ use crate::reply::swap_root;
 
 /// Tells the kernel that what it cached has changed behind its back.
 ///
-/// Never call it while serving a request on the same inode or directory: the kernel
+/// But for [`Notifier::inval_attributes`], never call it while serving a request on the same inode or directory: the kernel
 /// may hold the lock the notification needs.
 #[derive(Clone)]
 pub struct Notifier {
@@ -37,6 +37,15 @@ impl Notifier {
         let ino = swap_root(self.root, ino);
         let body = abi::NotifyInvalInodeOut { ino, off: offset, len };
         self.send(abi::NOTIFY_INVAL_INODE, &[body.as_bytes()])
+    }
+
+    /// The attributes of `ino` changed, and replies that the kernel has not read yet may tell of
+    /// the old ones. Takes no lock that an operation holds.
+    ///
+    /// # Errors
+    /// As for [`Notifier::inval_inode`].
+    pub(crate) fn inval_attributes(&self, ino: Ino) -> Result<()> {
+        self.inval_inode(ino, -1, 0)
     }
 
     /// What `name` in `parent` means changed.

@@ -261,13 +261,15 @@ impl DirSink for Plus<'_, '_> {
     }
 }
 
-/// Lists names with their inodes; each inode that stands in the reply is counted once.
+/// Lists names with their inodes; each inode that stands in the reply is counted once. `give` is
+/// called with each before its attributes are read.
 pub(crate) fn readdirplus(
     fs: &dyn FileSystem,
     ctx: &Context,
     list: &Listing,
     out: &mut ReplyBuf<'_>,
     timeouts: &Timeouts,
+    give: &dyn Fn(Ino),
 ) -> Result<()> {
     let room = list.size.min(out.bytes.len());
     let mut sink = Plus { out, room, wanted: Vec::new() };
@@ -279,6 +281,7 @@ pub(crate) fn readdirplus(
     for (at, ino) in wanted {
         // An inode that cannot be read, or went since, keeps node 0: the name is listed,
         // and the error is for whoever looks it up.
+        give(ino);
         if let Ok(entry) = fs.iget(ctx, ino) {
             let bytes = entry_out(&entry, root, timeouts);
             out.bytes[at..at + size_of::<abi::EntryOut>()].copy_from_slice(bytes.as_bytes());

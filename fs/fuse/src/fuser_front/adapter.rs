@@ -8,7 +8,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use fuser::{
     AccessFlags, BsdFileFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner,
@@ -16,7 +16,7 @@ use fuser::{
     ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
 };
 use uext_vfs::{
-    Context, DirEntry, DirSink, Entry, Errno, FileHandle, FileKind, FileSystem, Ino, Ioctl,
+    Attr, Context, DirEntry, DirSink, Entry, Errno, FileHandle, FileKind, FileSystem, Ino, Ioctl,
     NoCallerMemory, ReadReply, RenameFlags, Result, SetAttr, XattrFlags,
 };
 
@@ -89,10 +89,17 @@ impl Adapter {
         })
     }
 
+    /// How long attributes are believed. Of a directory not for long: nobody tells the kernel here
+    /// that a reply on its way is older than a change (see [`crate::attr_readers`]).
+    fn attr_timeout(&self, attr: &Attr) -> Duration {
+        let given = self.0.config.attr_timeout;
+        if attr.kind == FileKind::Directory { given.min(Duration::from_secs(1)) } else { given }
+    }
+
     fn reply_entry(&self, result: Result<Entry>, reply: ReplyEntry) {
         match result {
             Ok(entry) => reply.entry_with_ttls(
-                &self.0.config.attr_timeout,
+                &self.attr_timeout(&entry.attr),
                 &self.0.config.entry_timeout,
                 &attr(self.0.root, &entry.attr),
                 Generation(u64::from(entry.generation)),
@@ -146,7 +153,7 @@ impl fuser::Filesystem for Adapter {
     fn getattr(&self, req: &Request, ino: INodeNo, _: Option<fuser::FileHandle>, reply: ReplyAttr) {
         let ino = self.0.ino(ino);
         match self.run(|fs| fs.getattr(&context(req, 0), ino)) {
-            Ok(found) => reply.attr(&self.0.config.attr_timeout, &attr(self.0.root, &found)),
+            Ok(found) => reply.attr(&self.attr_timeout(&found), &attr(self.0.root, &found)),
             Err(errno) => reply.error(code(errno)),
         }
     }
@@ -183,7 +190,7 @@ impl fuser::Filesystem for Adapter {
             fh: fh.map(|fh| FileHandle(fh.0)),
         };
         match self.run(|fs| fs.setattr(&context(req, 0), ino, &set)) {
-            Ok(found) => reply.attr(&self.0.config.attr_timeout, &attr(self.0.root, &found)),
+            Ok(found) => reply.attr(&self.attr_timeout(&found), &attr(self.0.root, &found)),
             Err(errno) => reply.error(code(errno)),
         }
     }
@@ -313,7 +320,7 @@ impl fuser::Filesystem for Adapter {
         let ctx = context(req, umask);
         match self.named(name, |fs, name| fs.create(&ctx, parent, name, mode, flags)) {
             Ok((entry, open)) => reply.created(
-                &self.0.config.attr_timeout,
+                &self.attr_timeout(&entry.attr),
                 &attr(self.0.root, &entry.attr),
                 Generation(u64::from(entry.generation)),
                 fuser::FileHandle(open.fh.0),
