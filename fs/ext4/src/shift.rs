@@ -30,8 +30,8 @@ impl Ext4 {
     /// # Errors
     /// `EINVAL` for a range that is not of whole blocks or reaches the end of the file, `EFBIG`
     /// where the file would grow too large, `EOPNOTSUPP` for a block-mapped file and for one
-    /// whose data is journalled, `EPERM` for a caller who may not write: how the file was opened
-    /// is not known here.
+    /// whose data is journalled, `EPERM` for a caller who is neither root nor the
+    /// owner: how the file was opened is not known here.
     pub(crate) fn shift_range(
         &self,
         ctx: &Context,
@@ -46,9 +46,10 @@ impl Ext4 {
             _ => return Err(Errno::ENODEV.into()),
         }
         let _exclusive = inode.rwsem.write();
+        // An ACL may forbid others what the mode allows, and their further groups are not known.
         let (flags, may) = {
             let core = inode.core.lock();
-            (core.flags, may_write(ctx, (core.uid, core.gid), core.mode))
+            (core.flags, ctx.uid == 0 || ctx.uid == core.uid)
         };
         if !may || flags.intersects(InodeFlags::IMMUTABLE | InodeFlags::APPEND) {
             return Err(Errno::EPERM.into());
@@ -127,11 +128,4 @@ impl Ext4 {
         }
         Ok(())
     }
-}
-
-/// Whether the mode lets the caller write. Other groups than the first are not known, and an
-/// owner could let himself in.
-fn may_write(ctx: &Context, (uid, gid): (u32, u32), mode: u16) -> bool {
-    let class = if ctx.gid == gid { 0o020 } else { 0o002 };
-    ctx.uid == 0 || ctx.uid == uid || mode & class != 0
 }
