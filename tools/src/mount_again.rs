@@ -1,13 +1,13 @@
 //! A device that is mounted already, at a second place.
 //!
 //! The kernel's own filesystems let a device be mounted more than once, and all mounts are of
-//! the same filesystem. FUSE does not, so the second mount is a bind mount of the first.
+//! the same filesystem. FUSE does not, so the second mount is a clone of the first.
 
+use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-use nix::mount::{MsFlags, mount};
-use uext_fuse::{MountAttr, mount_table};
+use uext_fuse::mount_table;
 
 use crate::mount_options::MountRequest;
 
@@ -22,35 +22,25 @@ pub(crate) fn mount_again(
     if !is_device || !nix::unistd::geteuid().is_root() {
         return None;
     }
-    let first = mount_table::mounts().ok()?.into_iter().find(|mount| {
+    let mut mounts = mount_table::mounts().ok()?;
+    mounts.retain(|mount| {
         mount.fstype == "fuseblk.uext"
             && mount.root == Path::new("/")
             && Path::new(&mount.source).canonicalize().is_ok_and(|path| path == source)
-    })?;
+    });
+    let first = mounts.first()?;
     if first.read_only != request.ext4.read_only {
         let how = if first.read_only { "read-only" } else { "read-write" };
         let (source, at) = (source.display(), first.mount_point.display());
         return Some(Err(format!("{source}: mounted {how} on {at} already")));
     }
-    Some(bind(&first.mount_point, dir, request).map_err(|e| format!("{}: {e}", dir.display())))
-}
-
-fn bind(from: &Path, dir: &Path, request: &MountRequest) -> nix::Result<()> {
-    let none: Option<&str> = None;
-    mount(Some(from), dir, none, MsFlags::MS_BIND, none)?;
-    // A bind mount begins with the flags of the first.
-    let mut flags = MsFlags::empty();
-    for (attribute, flag) in [
-        (MountAttr::NODEV, MsFlags::MS_NODEV),
-        (MountAttr::NOSUID, MsFlags::MS_NOSUID),
-        (MountAttr::NOEXEC, MsFlags::MS_NOEXEC),
-        (MountAttr::NOATIME, MsFlags::MS_NOATIME),
-        (MountAttr::NODIRATIME, MsFlags::MS_NODIRATIME),
-    ] {
-        flags.set(flag, request.fuse.attributes.contains(attribute));
+    let again = |mount| uext_fuse::mount_again(mount, dir, request.fuse.attributes);
+    let mut mounted = again(first);
+    // Some may be marked unbindable, or covered, where another mount of the filesystem is not.
+    for mount in &mounts[1..] {
+        if mounted.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::InvalidInput) {
+            mounted = again(mount);
+        }
     }
-    if !flags.is_empty() {
-        mount(none, dir, none, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | flags, none)?;
-    }
-    Ok(())
+    Some(mounted.map_err(|error| format!("{}: {error}", dir.display())))
 }

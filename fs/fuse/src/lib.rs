@@ -28,7 +28,7 @@ pub use dispatch::{Dispatcher, Request};
 pub use notify::Notifier;
 pub use reply::{Answer, ReplyBuf};
 pub use session::{Config, Pending, Session, SessionError, Source, Stopper, Transport};
-pub use sys::{MountAttr, serve_under_pressure};
+pub use sys::{MountAttr, mount_again, serve_under_pressure};
 
 /// The page the protocol counts in.
 pub(crate) const PAGE_SIZE: usize = 4096;

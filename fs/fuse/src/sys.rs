@@ -12,6 +12,7 @@ use bitflags::bitflags;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 use crate::abi;
+use crate::mount_table::MountEntry;
 
 bitflags! {
     /// What a mount point adds to its filesystem (mount_setattr(2)).
@@ -44,6 +45,8 @@ const FSCONFIG_SET_FLAG: libc::c_uint = 0;
 const FSCONFIG_SET_STRING: libc::c_uint = 1;
 const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
 const FSMOUNT_CLOEXEC: libc::c_uint = 1;
+/// All ways to keep access times.
+const MOUNT_ATTR_ATIME: u32 = 0x70;
 const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 4;
 
 impl FsContext {
@@ -104,6 +107,42 @@ impl FsContext {
         };
         new_fd(fd).map(|fd| DetachedMount(File::from(fd)))
     }
+}
+
+/// Mounts what is mounted already at `dir` too, as a mount of its own: nothing that is mounted
+/// in one shows in the other. Needs root.
+///
+/// # Errors
+/// Those of open_tree(2), mount_setattr(2) and move_mount(2). `EINVAL` when `from` is marked
+/// unbindable or another filesystem is mounted over it.
+pub fn mount_again(from: &MountEntry, dir: &Path, attributes: MountAttr) -> io::Result<()> {
+    let device = libc::makedev(from.device.0, from.device.1);
+    let from = CString::new(from.mount_point.as_os_str().as_bytes())?;
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
+    // SAFETY: the string is NUL-terminated and outlives the call.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, from.as_ptr(), flags) };
+    let mount = DetachedMount(File::from(new_fd(fd)?));
+    if mount.device()? != device {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    // A clone begins with the attributes of the first.
+    let cleared = MountAttr::all() - MountAttr::RDONLY;
+    let request = libc::mount_attr {
+        attr_set: attributes.bits().into(),
+        attr_clr: (cleared.bits() | MOUNT_ATTR_ATIME).into(),
+        propagation: libc::MS_PRIVATE,
+        userns_fd: 0,
+    };
+    // SAFETY: both pointers are to what lives here, and the size is that of the structure.
+    let result = unsafe {
+        let (fd, size) = (mount.0.as_raw_fd(), size_of_val(&request));
+        let empty = libc::AT_EMPTY_PATH;
+        libc::syscall(libc::SYS_mount_setattr, fd, c"".as_ptr(), empty, &raw const request, size)
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    mount.attach(dir)
 }
 
 /// A mount without a place; dropping it unmounts.
