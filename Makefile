@@ -72,11 +72,11 @@ install: all ## Install the program, its names and man pages under PREFIX
 	for name in mkfs.uext fsck.uext; do ln -sf ../bin/uext $(DESTDIR)$(PREFIX)/sbin/$$name || exit 1; done
 	for name in mount.fuse.uext umount.fuse.uext mount.fuseblk.uext; do ln -sf $(PREFIX)/bin/uext $(DESTDIR)/sbin/$$name || exit 1; done
 	install -Dm644 -t $(DESTDIR)$(PREFIX)/share/man/man1 tools/man/uext.1
-	install -Dm644 -t $(DESTDIR)$(PREFIX)/share/man/man8 tools/man/uext-mount.8 tools/man/uext-umount.8 tools/man/uext-bench-dev.8 tools/man/uext-drive.8
+	install -Dm644 -t $(DESTDIR)$(PREFIX)/share/man/man8 tools/man/uext-mount.8 tools/man/uext-umount.8 tools/man/uext-bench-dev.8 tools/man/uext-drive.8 tools/man/uext-mkfs.8 tools/man/uext-fsck.8
 
 uninstall: ## Remove what `make install` installed
 	rm -f $(DESTDIR)$(PREFIX)/bin/uext $(DESTDIR)$(PREFIX)/sbin/mkfs.uext $(DESTDIR)$(PREFIX)/sbin/fsck.uext
-	rm -f $(DESTDIR)$(PREFIX)/share/man/man1/uext.1 $(DESTDIR)$(PREFIX)/share/man/man8/uext-mount.8 $(DESTDIR)$(PREFIX)/share/man/man8/uext-umount.8 $(DESTDIR)$(PREFIX)/share/man/man8/uext-bench-dev.8 $(DESTDIR)$(PREFIX)/share/man/man8/uext-drive.8
+	rm -f $(DESTDIR)$(PREFIX)/share/man/man1/uext.1 $(DESTDIR)$(PREFIX)/share/man/man8/uext-mount.8 $(DESTDIR)$(PREFIX)/share/man/man8/uext-umount.8 $(DESTDIR)$(PREFIX)/share/man/man8/uext-bench-dev.8 $(DESTDIR)$(PREFIX)/share/man/man8/uext-drive.8 $(DESTDIR)$(PREFIX)/share/man/man8/uext-mkfs.8 $(DESTDIR)$(PREFIX)/share/man/man8/uext-fsck.8
 	rm -f $(DESTDIR)/sbin/mount.fuse.uext $(DESTDIR)/sbin/umount.fuse.uext $(DESTDIR)/sbin/mount.fuseblk.uext
 
 posix: all ## The numbered suite, all of it, on uext and the kernel's ext4 (root)
