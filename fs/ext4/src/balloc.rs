@@ -69,6 +69,17 @@ impl std::fmt::Debug for Claim {
     }
 }
 
+/// What a run of free blocks must be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fit {
+    /// As long as asked for, and beginning at a multiple of so many blocks.
+    Aligned(u32),
+    /// As long as asked for, as far as that makes a difference.
+    Whole,
+    /// Free.
+    Any,
+}
+
 /// How long a full filesystem waits for files that are being deleted.
 const DELETION_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -195,12 +206,13 @@ impl Ext4 {
             .group_and_bit(goal)
             .or_else(|| self.sb.group_and_bit(self.sb.first_data_block()))
             .ok_or_else(|| Corrupt::value("superblock", "no group holds the first data block"))?;
-        // First where the whole run fits, then wherever anything is free.
-        for whole in [true, false] {
+        // First, on a RAID, where whole stripes begin; then where the whole run fits, then
+        // wherever anything is free.
+        for fit in self.raid_fit(count).into_iter().chain([Fit::Whole, Fit::Any]) {
             for step in 0..self.groups_count() {
                 let group = GroupNumber((goal_group.0 + step) % self.groups_count());
                 let from = if step == 0 { goal_bit } else { 0 };
-                if let Some(run) = self.claim_in_group(group, from, count, whole)? {
+                if let Some(run) = self.claim_in_group(group, from, count, fit)? {
                     let start = self.sb.group_first_block(group) + u64::from(run.start);
                     return Ok(Claim { fs, start, len: run.len });
                 }
@@ -209,21 +221,45 @@ impl Ext4 {
         Err(Errno::ENOSPC.into())
     }
 
+    /// How a run should lie on a RAID: one of whole stripes, or of whole chunks of one disk,
+    /// begins where such a one does. The alignment is at most `count`, and that at most half
+    /// a group, whatever the superblock says.
+    fn raid_fit(&self, count: u32) -> Option<Fit> {
+        let units = [self.sb.raid_stripe_width(), self.sb.raid_stride().into()];
+        let fits = |unit: &u32| *unit > 1 && count.is_multiple_of(*unit);
+        let align = units.into_iter().find(fits)?;
+        (count <= self.blocks_per_group() / 2).then_some(Fit::Aligned(align))
+    }
+
     fn claim_in_group(
         &self,
         group: GroupNumber,
         from: u32,
         count: u32,
-        whole: bool,
+        fit: Fit,
     ) -> Result<Option<BitRun>> {
         let mut state = self.group(group)?.state.lock();
-        let enough = if whole { count.min(self.blocks_per_group() / 2) } else { 1 };
+        let enough = match fit {
+            Fit::Aligned(_) => count,
+            Fit::Whole => count.min(self.blocks_per_group() / 2),
+            Fit::Any => 1,
+        };
         if state.bad || state.free_blocks < enough {
             return Ok(None);
         }
         let end = self.sb.clusters_in_group(group);
         let Some(map) = self.claimed_map(group, &mut state)? else { return Ok(None) };
-        let Some(run) = find_run(map, from, end, count, whole) else { return Ok(None) };
+        let found = match fit {
+            Fit::Aligned(align) => {
+                let first = self.sb.group_first_block(group).0 % u64::from(align);
+                // Less than `align`.
+                let place = (align, first as u32);
+                find_aligned(map, from, end, count, place)
+                    .or_else(|| find_aligned(map, 0, end, count, place))
+            }
+            Fit::Whole | Fit::Any => find_run(map, from, end, count, fit == Fit::Whole),
+        };
+        let Some(run) = found else { return Ok(None) };
         bitmap::set_range(map, run.start, run.len);
         state.free_blocks -= run.len;
         self.space.lock().free -= u64::from(run.len);
@@ -533,6 +569,22 @@ impl Ext4 {
     fn blocks_per_group(&self) -> u32 {
         self.sb.clusters_per_group()
     }
+}
+
+/// The first `count` zero bits in `from..end` that begin at a multiple of `align`, where the
+/// map's first bit has the number `phase`.
+fn find_aligned(
+    map: &[u8],
+    from: u32,
+    end: u32,
+    count: u32,
+    (align, phase): (u32, u32),
+) -> Option<BitRun> {
+    bitmap::zero_runs(map, from, end).find_map(|run| {
+        let start = (run.start + phase).next_multiple_of(align) - phase;
+        let skipped = start - run.start;
+        (run.len >= skipped && run.len - skipped >= count).then_some(BitRun { start, len: count })
+    })
 }
 
 /// A run of at most `count` zero bits: at `from` when that is free, else the first one long
