@@ -22,8 +22,9 @@ use zerocopy::{FromBytes, Immutable, KnownLayout};
 use crate::abi::{self, Fattr, Fopen, InHeader, InitFlags, Opcode, WriteInFlags};
 use crate::attr_readers::AttrReaders;
 use crate::caller::Caller;
+use crate::foresight::Foresight;
 use crate::notify::Notifier;
-use crate::reply::{self, Answer, Listing, ReplyBuf, Timeouts};
+use crate::reply::{self, Answer, Inodes, Listing, ReplyBuf, Timeouts};
 use crate::session::Config;
 
 /// Longest name of a file.
@@ -89,6 +90,8 @@ pub struct Dispatcher {
     gone: AtomicBool,
     /// Because of whom the kernel must be told of changed attributes.
     attr_readers: AttrReaders,
+    /// How many inodes listings bring along.
+    foresight: Foresight,
     /// [itself] How the unmount went, once it was tried.
     unmounted: Mutex<Option<Result<()>>>,
     /// [unmounted] Run after the unmount, before anybody is told of it.
@@ -118,6 +121,7 @@ impl Dispatcher {
             uring_agreed: AtomicBool::new(false),
             gone: AtomicBool::new(false),
             attr_readers: AttrReaders::new(),
+            foresight: Foresight::new(),
             unmounted: Mutex::new(None),
             after: Mutex::new(None),
             notifier: OnceLock::new(),
@@ -405,6 +409,7 @@ impl Dispatcher {
         };
         match found {
             Ok(mut entry) => {
+                self.foresight.looked_up(self.node(req));
                 if entry.attr.kind == FileKind::Directory {
                     // Marked first and read after it, which its number was needed for.
                     self.attr_readers.give(entry.attr.ino, req.header.pid);
@@ -577,7 +582,9 @@ impl Dispatcher {
             Opcode::Readdir => reply::readdir(&*self.fs, &ctx, &list, out)?,
             _ => {
                 let give = |ino| self.attr_readers.give(ino, req.header.pid);
-                reply::readdirplus(&*self.fs, &ctx, &list, out, &self.timeouts, &give)?;
+                let worth = |names| self.foresight.worth(list.ino, list.offset == 0, names);
+                let with = Inodes { timeouts: &self.timeouts, give: &give, worth: &worth };
+                reply::readdirplus(&*self.fs, &ctx, &list, out, &with)?;
             }
         }
         Ok(Answer::Buffer)

@@ -14,6 +14,7 @@ mod caller;
 pub mod control;
 mod devfuse;
 pub mod dispatch;
+mod foresight;
 pub mod fuser_front;
 pub mod mount_table;
 pub mod notify;

@@ -261,29 +261,39 @@ impl DirSink for Plus<'_, '_> {
     }
 }
 
-/// Lists names with their inodes; each inode that stands in the reply is counted once. `give` is
-/// called with each before its attributes are read.
+/// How the inodes of a listing are given.
+pub(crate) struct Inodes<'a> {
+    pub timeouts: &'a Timeouts,
+    /// Called with each inode before its attributes are read.
+    pub give: &'a dyn Fn(Ino),
+    /// How many of so many names get their inodes.
+    pub worth: &'a dyn Fn(usize) -> usize,
+}
+
+/// Lists names with the inodes that are worth it; each inode that stands in the reply is counted
+/// once.
 pub(crate) fn readdirplus(
     fs: &dyn FileSystem,
     ctx: &Context,
     list: &Listing,
     out: &mut ReplyBuf<'_>,
-    timeouts: &Timeouts,
-    give: &dyn Fn(Ino),
+    with: &Inodes<'_>,
 ) -> Result<()> {
     let room = list.size.min(out.bytes.len());
     let mut sink = Plus { out, room, wanted: Vec::new() };
     fs.readdir(ctx, list.ino, list.fh, list.offset, &mut sink)?;
     let root = fs.root();
-    let Plus { out, wanted, .. } = sink;
+    let Plus { out, mut wanted, .. } = sink;
+    // A name whose inode is left out keeps node 0 and is looked up when it is asked for.
+    wanted.truncate((with.worth)(wanted.len()));
     let inos: Vec<Ino> = wanted.iter().map(|(_, ino)| *ino).collect();
     fs.prefetch(&inos);
     for (at, ino) in wanted {
         // An inode that cannot be read, or went since, keeps node 0: the name is listed,
         // and the error is for whoever looks it up.
-        give(ino);
+        (with.give)(ino);
         if let Ok(entry) = fs.iget(ctx, ino) {
-            let bytes = entry_out(&entry, root, timeouts);
+            let bytes = entry_out(&entry, root, with.timeouts);
             out.bytes[at..at + size_of::<abi::EntryOut>()].copy_from_slice(bytes.as_bytes());
         }
     }
