@@ -25,7 +25,7 @@ pub fn have_e2fsprogs() -> bool {
     found
 }
 
-/// A scratch directory under /work/tmp when that is there.
+/// A scratch directory.
 pub fn scratch() -> tempfile::TempDir {
     tempfile::tempdir().unwrap()
 }
