@@ -84,7 +84,10 @@ pub fn apart() -> Budget {
         Tier::Test => {
             Budget { seeded: 1, sets: 1, torn_sets: 0, prefixes: 24, nested: 0, ..budget }
         }
-        Tier::More | Tier::Long => Budget { sets: 8, torn_sets: 2, nested: 2, ..budget },
+        Tier::More => {
+            Budget { seeded: 2, sets: 3, torn_sets: 0, prefixes: 300, nested: 1, ..budget }
+        }
+        Tier::Long => Budget { sets: 8, torn_sets: 2, nested: 2, ..budget },
     }
 }
 
