@@ -47,9 +47,10 @@ impl AttrReaders {
     pub fn give(&self, ino: Ino, thread: u32) {
         let thread = if thread == NOBODY { MANY } else { thread };
         let slot = self.slot(ino);
+        // PAIRS-WITH: changed
         let seen = slot.compare_exchange(NOBODY, thread, Ordering::SeqCst, Ordering::SeqCst);
         if seen.is_err_and(|other| other != thread) {
-            slot.store(MANY, Ordering::SeqCst);
+            slot.store(MANY, Ordering::SeqCst); // PAIRS-WITH: changed
         }
     }
 
@@ -57,10 +58,12 @@ impl AttrReaders {
     /// the old ones.
     pub fn changed(&self, ino: Ino, thread: u32) -> bool {
         let slot = self.slot(ino);
-        // Most changes meet nobody, and need not take the line from other processors.
+        // PAIRS-WITH: give. Most changes meet nobody, and need not take the line from other
+        // processors.
         if slot.load(Ordering::SeqCst) == NOBODY {
             return false;
         }
+        // PAIRS-WITH: give
         let reader = slot.swap(NOBODY, Ordering::SeqCst);
         reader != NOBODY && (reader == MANY || reader != thread)
     }
