@@ -219,13 +219,15 @@ fn our_mkfs_makes_journals_the_kernel_uses(block_size: &str) {
 
     // Another journal is found out, and by its UUID or label one is found.
     let wrong = scratch.sparse("wrong.img", 16 << 20);
+    // A label is the machine's: nobody else who tests has this one.
+    let label = format!("u{}-{block_size}", std::process::id());
     let wrong_name = wrong.to_str().expect("a name");
-    mkfs(&["-q", "-O", "journal_dev", "-b", block_size, "-L", "uext-wrong", wrong_name]);
+    mkfs(&["-q", "-O", "journal_dev", "-b", block_size, "-L", &label, wrong_name]);
     let (status, text) = run_uext(&["fsck", "-n", "-f", "-j", wrong_name, image_name]);
     assert_eq!(status, Some(4), "{text}");
     let _attached = Loop::new(&wrong);
     let uuid = run(Command::new("blkid").args(["-p", "-s", "UUID", "-o", "value"]).arg(&wrong));
-    for spec in [format!("device=UUID={}", uuid.trim()), "device=LABEL=uext-wrong".to_owned()] {
+    for spec in [format!("device=UUID={}", uuid.trim()), format!("device=LABEL={label}")] {
         let text = mkfs(&["-F", "-J", &spec, other_name]);
         assert!(text.contains(uuid.trim()), "{spec}: {text}");
         assert_eq!(e2fsck(&other, &wrong, "-fn").0, Some(0));
