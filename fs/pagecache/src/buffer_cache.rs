@@ -248,12 +248,18 @@ impl BufferCache {
     /// The first failure; all blocks were tried. `Invalid` for a buffer that was never
     /// filled.
     pub fn write_buffers(&self, buffers: &[Buffer]) -> BlkResult<()> {
+        self.write_sorted(buffers, false)
+    }
+
+    /// [`BufferCache::write_buffers`]; with `listed` they were dirty, and one that is not filled was
+    /// forgotten since.
+    fn write_sorted(&self, buffers: &[Buffer], listed: bool) -> BlkResult<()> {
         let mut sorted: Vec<&Buffer> = buffers.iter().collect();
         sorted.sort_unstable_by_key(|b| b.block());
         sorted.dedup_by_key(|b| b.block());
         let mut result = Ok(());
         for chunk in sorted.chunks(BOUNCE_BYTES / self.block_size as usize) {
-            result = result.and(self.write_chunk(chunk));
+            result = result.and(self.write_chunk(chunk, listed));
         }
         result
     }
@@ -275,7 +281,7 @@ impl BufferCache {
                 .filter_map(|&block| self.find_quietly(block))
                 .filter(|b| b.is_dirty() && !b.is_pinned())
                 .collect();
-            result = result.and(self.write_buffers(&buffers));
+            result = result.and(self.write_sorted(&buffers, true));
             let Some(next) = last.checked_add(1) else { return result };
             from = next;
         }
@@ -310,7 +316,7 @@ impl BufferCache {
         }
     }
 
-    fn write_chunk(&self, chunk: &[&Buffer]) -> BlkResult<()> {
+    fn write_chunk(&self, chunk: &[&Buffer], listed: bool) -> BlkResult<()> {
         let mut bounce = self.bounce.take();
         let mut bad = Ok(());
         let mut writing: Vec<&Buffer> = Vec::with_capacity(chunk.len());
@@ -322,6 +328,10 @@ impl BufferCache {
                 continue;
             }
             if !buffer.begin_write() {
+                continue;
+            }
+            if !buffer.is_uptodate() && listed {
+                buffer.end_write(true);
                 continue;
             }
             if !buffer.is_uptodate() {
