@@ -16,7 +16,8 @@ use uext_tools::fsck;
 use uext_vfs::{FileHandle, FileSystem, WriteFlags};
 
 use crate::history::History;
-use crate::recorder::{ROOT, options, read_all, walk};
+use crate::look::{read_all, walk};
+use crate::recorder::{ROOT, options};
 
 /// Mounts the disk (which replays it), judges what is there, writes again, unmounts, and
 /// lets our check judge the rest.

@@ -19,6 +19,7 @@ mod identity;
 mod image;
 mod intruder;
 mod judges;
+mod look;
 mod minimise;
 #[cfg(feature = "mutants")]
 mod mutants;

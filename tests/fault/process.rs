@@ -284,6 +284,7 @@ impl Client {
 }
 
 /// Kills the daemon under load, again and again.
+/// `UEXT_KEEP=dir` keeps the images that the last three mounts met.
 pub fn kills(kind: Kind, options: &str) {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let (count, seed) = (number("UEXT_KILLS").unwrap_or(5), number("UEXT_SEED").unwrap_or(1));
@@ -296,7 +297,8 @@ pub fn kills(kind: Kind, options: &str) {
     let begin = Instant::now();
     for kill in 1..=count {
         if let Some(keep) = std::env::var_os("UEXT_KEEP") {
-            let keep = Path::new(&keep).join(format!("{}-{}", std::process::id(), kill % 3));
+            let keep =
+                Path::new(&keep).join(format!("{}-{}-{}", kind.fs, kind.block_size, kill % 3));
             run(Command::new("cp").arg("--sparse=always").arg(&image).arg(keep));
         }
         let mut daemon = Daemon::start(&image, &dir, &log, options);

@@ -439,15 +439,16 @@ impl Ext4 {
 
     /// Gives back lookups; an inode without links and lookups is deleted.
     pub(crate) fn forget_inode(&self, ino: InodeNumber, count: u64) {
-        // Counted before the last lookup goes, so that who meets a full disk waits for it.
-        self.space.lock().deleting += 1;
         if let Some(inode) = self.inodes.forget(ino, count)
             && inode.core.lock().nlink == 0
-            && let Err(error) = self.delete_inode(&inode)
         {
-            self.report(Some(ino), &error);
+            // Who meets a full disk waits for it.
+            self.space.lock().deleting += 1;
+            if let Err(error) = self.delete_inode(&inode) {
+                self.report(Some(ino), &error);
+            }
+            self.space.lock().deleting -= 1;
         }
-        self.space.lock().deleting -= 1;
         self.shrink_inodes();
     }
 

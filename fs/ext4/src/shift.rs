@@ -71,7 +71,7 @@ impl Ext4 {
         }
         self.kill_capability(inode)?;
         self.flush_data(inode)?;
-        let _writeback = inode.writeback.lock();
+        let writeback = inode.writeback.lock();
         // All of it is on the disk; what is cached from here on lies elsewhere soon.
         inode.mapping.truncate(offset / PAGE);
         let blocks = (self.block_at(offset), self.block_at(end));
@@ -80,7 +80,7 @@ impl Ext4 {
         } else {
             self.collapse_range(inode, blocks, size - len)?;
         }
-        drop(_writeback);
+        drop(writeback);
         if self.options.sync || flags.contains(InodeFlags::SYNC) {
             self.sync_inode(inode, false)?;
         }

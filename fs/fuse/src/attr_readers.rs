@@ -13,8 +13,6 @@
 //! Locks: none. Who gives attributes marks first and reads them after it; who changes them looks
 //! at the mark after the change. So of two that meet, one sees the other.
 
-use std::sync::Arc;
-
 use uext_sync::atomic::{AtomicU32, Ordering};
 use uext_vfs::Ino;
 
@@ -26,11 +24,10 @@ const NOBODY: u32 = 0;
 const MANY: u32 = u32::MAX;
 
 /// The threads that have been given attributes, by inode.
-#[derive(Clone)]
 pub(crate) struct AttrReaders(
     /// PAIRS-WITH: `give` with `changed`, as above; the filesystem's locks order the attributes
     /// themselves.
-    Arc<[AtomicU32]>,
+    Box<[AtomicU32]>,
 );
 
 impl AttrReaders {
@@ -65,7 +62,7 @@ impl AttrReaders {
         }
         // PAIRS-WITH: give
         let reader = slot.swap(NOBODY, Ordering::SeqCst);
-        reader != NOBODY && (reader == MANY || reader != thread)
+        reader != NOBODY && reader != thread
     }
 }
 
@@ -73,6 +70,7 @@ impl AttrReaders {
 mod tests {
     use std::fs::File;
     use std::io::Read as _;
+    use std::sync::Arc;
 
     use nix::fcntl::OFlag;
     use zerocopy::{FromBytes as _, IntoBytes as _};

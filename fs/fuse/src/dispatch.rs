@@ -4,8 +4,8 @@
 //! A transport hands in a [`Request`] (header, arguments, payload) and a
 //! [`ReplyBuf`], and sends the [`Answer`]. Lengths are checked here, once: a
 //! request too short for its structure, or with names that do not end, is
-//! `EINVAL`. Locks: only that of the unmount's result, held while the filesystem
-//! unmounts so that a second caller waits for the first.
+//! `EINVAL`. Locks: that of the unmount's result, held while the filesystem
+//! unmounts so that a second caller waits for the first, and that of [`Foresight`], a leaf.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -128,7 +128,7 @@ impl Dispatcher {
         }
     }
 
-    /// Lets the kernel be told what an ioctl changed.
+    /// Lets the kernel be told what it cannot know. Once: a dispatcher has one session.
     pub(crate) fn notify_by(&self, notifier: Notifier) {
         let _ = self.notifier.set(notifier);
     }

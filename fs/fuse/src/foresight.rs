@@ -9,9 +9,11 @@
 //! by an inode, and shows that inodes are wanted. What is wasted on names is thus bounded by what
 //! a mount begins with and by what lookups have cost.
 //!
-//! Locks: one of its own, held for a few instructions, under which nothing else is taken.
+//! Locks: one of its own, held for a few instructions, under which nothing else is taken. A lookup
+//! takes it only in a directory whose listing was cut short.
 
 use uext_sync::Mutex;
+use uext_sync::atomic::{AtomicU64, Ordering};
 use uext_vfs::Ino;
 
 /// The inodes that every listing brings.
@@ -31,8 +33,6 @@ struct Listed {
     dir: Ino,
     /// Names so far.
     names: u32,
-    /// Whether some went without their inodes.
-    cut: bool,
 }
 
 struct State {
@@ -45,6 +45,9 @@ struct State {
 pub(crate) struct Foresight {
     /// [itself]
     state: Mutex<State>,
+    /// By slot, the directory whose last listing gave some names without their inodes, or 0.
+    /// WHY-RELAXED: a lookup that is counted or not changes the credit alone.
+    cut: [AtomicU64; SLOTS],
 }
 
 fn slot(dir: Ino) -> usize {
@@ -54,7 +57,8 @@ fn slot(dir: Ino) -> usize {
 
 impl Foresight {
     pub fn new() -> Self {
-        Self { state: Mutex::new(State { credit: BEGIN, listed: [Listed::default(); SLOTS] }) }
+        let state = State { credit: BEGIN, listed: [Listed::default(); SLOTS] };
+        Self { state: Mutex::new(state), cut: std::array::from_fn(|_| AtomicU64::new(0)) }
     }
 
     /// How many of the next `names` names of a listing get their inodes.
@@ -63,22 +67,25 @@ impl Foresight {
         let mut state = self.state.lock();
         let mut listed = state.listed[slot(dir)];
         if first || listed.dir != dir {
-            listed = Listed { dir, ..Listed::default() };
+            listed = Listed { dir, names: 0 };
+            self.cut[slot(dir)].store(0, Ordering::Relaxed); // WHY-RELAXED: see `cut`
         }
         let free = FREE.saturating_sub(listed.names).min(names);
         let paid = (names - free).min(state.credit);
         state.credit -= paid;
         listed.names = listed.names.saturating_add(names);
-        listed.cut |= free + paid < names;
         state.listed[slot(dir)] = listed;
+        if free + paid < names {
+            self.cut[slot(dir)].store(dir, Ordering::Relaxed); // WHY-RELAXED: see `cut`
+        }
         (free + paid) as usize
     }
 
     /// A name was looked up.
     pub fn looked_up(&self, dir: Ino) {
-        let mut state = self.state.lock();
-        let listed = state.listed[slot(dir)];
-        if listed.dir == dir && listed.cut {
+        // WHY-RELAXED: see `cut`
+        if self.cut[slot(dir)].load(Ordering::Relaxed) == dir {
+            let mut state = self.state.lock();
             state.credit = (state.credit + LOOKUP).min(MOST);
         }
     }

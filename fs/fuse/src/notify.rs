@@ -14,8 +14,8 @@ use crate::reply::swap_root;
 
 /// Tells the kernel that what it cached has changed behind its back.
 ///
-/// But for [`Notifier::inval_attributes`], never call it while serving a request on the same inode or directory: the kernel
-/// may hold the lock the notification needs.
+/// But for [`Notifier::inval_attributes`], never call it while serving a request on the same
+/// inode or directory: the kernel may hold the lock the notification needs.
 #[derive(Clone)]
 pub struct Notifier {
     /// Weak, since the connection ends with its last descriptor.

@@ -330,14 +330,12 @@ impl BufferCache {
             if !buffer.begin_write() {
                 continue;
             }
-            if !buffer.is_uptodate() && listed {
-                buffer.end_write(true);
-                continue;
-            }
             if !buffer.is_uptodate() {
-                log::error!("block {} was to be written but never filled", buffer.block());
                 buffer.end_write(true);
-                bad = Err(BlkStatus::Invalid);
+                if !listed {
+                    log::error!("block {} was to be written but never filled", buffer.block());
+                    bad = Err(BlkStatus::Invalid);
+                }
                 continue;
             }
             let at = writing.len() * size;

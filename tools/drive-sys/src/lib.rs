@@ -50,3 +50,30 @@ pub enum Direction {
     /// To the file.
     Write,
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    /// Writes more pieces than a batch of 4 takes, and reads them back.
+    pub(crate) fn moves_more_than_a_batch(
+        mut run: impl FnMut(Direction, &File, &mut [Piece<'_>]) -> usize,
+    ) {
+        let file = tempfile::tempfile().expect("a file");
+        let mut moved = |memory: &mut [Vec<u8>], direction| {
+            let mut pieces: Vec<Piece<'_>> = memory
+                .iter_mut()
+                .enumerate()
+                .map(|(n, memory)| Piece { offset: n as u64 * 4096, memory })
+                .collect();
+            run(direction, &file, &mut pieces)
+        };
+        let mut memory: Vec<Vec<u8>> = (0..19u8).map(|n| vec![n; 4096]).collect();
+        assert_eq!(moved(&mut memory, Direction::Write), 19 * 4096);
+        let mut back = vec![vec![0xff; 4096]; 19];
+        assert_eq!(moved(&mut back, Direction::Read), 19 * 4096);
+        assert_eq!(back, memory);
+    }
+}

@@ -11,8 +11,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{Mode, OFlags, SeekFrom};
-use rustix::io::{Errno, ReadWriteFlags};
+use rustix::fs::{Mode, OFlags, SeekFrom, sendfile};
+use rustix::io::{Errno, ReadWriteFlags, retry_on_intr};
 use rustix::pipe::SpliceFlags;
 use uext_drive_sys::{Aio, Direction, FileMap, Piece, Ring};
 
@@ -271,9 +271,9 @@ impl Ways {
             let len = chunk.len();
             let mut done = 0;
             while done < len {
-                let from = Some(&mut at);
                 let flags = SpliceFlags::empty();
-                let moved = again(|| {
+                let moved = retry_on_intr(|| {
+                    let from = Some(&mut at);
                     rustix::pipe::splice(&file, from, &pipes.into, None, len - done, flags)
                 })?;
                 if moved == 0 {
@@ -297,9 +297,7 @@ impl Ways {
         Self::plain(Direction::Write, staging, 0, memory)?;
         rustix::fs::seek(&file, SeekFrom::Start(offset))?;
         let mut from = 0;
-        whole(memory.len(), |done| {
-            rustix::fs::sendfile(&file, staging, Some(&mut from), memory.len() - done)
-        })
+        whole(memory.len(), |done| sendfile(&file, staging, Some(&mut from), memory.len() - done))
     }
 
     fn send_out(&mut self, file: impl AsFd, offset: u64, memory: &mut [u8]) -> io::Result<()> {
@@ -312,7 +310,7 @@ impl Ways {
             let mut done = 0;
             while done < chunk.len() {
                 let left = chunk.len() - done;
-                let sent = again(|| rustix::fs::sendfile(&into, &file, Some(&mut at), left))?;
+                let sent = retry_on_intr(|| sendfile(&into, &file, Some(&mut at), left))?;
                 if sent == 0 {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
@@ -342,13 +340,6 @@ impl Ways {
         })?;
         Self::plain(Direction::Read, staging, 0, memory)
     }
-}
-
-/// Calls again after a signal.
-fn again<T>(call: impl FnOnce() -> Result<T, Errno>) -> io::Result<T> {
-    // Signals that a client handles there are none; a stop and continue may still end a
-    // call early, and what it had moved is in its result then.
-    Ok(call()?)
 }
 
 /// Calls until `len` bytes have moved.

@@ -2,6 +2,7 @@
 //!
 //! Locks: none of its own; see `files`.
 
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use uext_drive_sys::Direction;
@@ -225,29 +226,14 @@ impl<'a> Worker<'a> {
             Step::Read => self.at_random(slot, Direction::Read),
             Step::Rewrite => {
                 let file = self.files.keep_open(slot)?;
-                let blocks = self.files.length(slot);
-                let per = self.files.per_piece();
-                for from in (0..blocks).step_by(per) {
-                    self.files.write_all(slot, &file, from..(from + per).min(blocks))?;
-                    if self.stopped() {
-                        break;
-                    }
-                }
+                self.through(Direction::Write, slot, &file)?;
                 self.files.sync(slot, &file)?;
                 self.files.keep(slot, file);
                 Ok(())
             }
             Step::Scan => {
                 let file = self.files.open(slot)?;
-                let blocks = self.files.length(slot);
-                let per = self.files.per_piece();
-                for from in (0..blocks).step_by(per) {
-                    self.files.read_all(slot, &file, from..(from + per).min(blocks))?;
-                    if self.stopped() {
-                        break;
-                    }
-                }
-                Ok(())
+                self.through(Direction::Read, slot, &file)
             }
             Step::Delete => self.files.delete(slot),
             Step::Rename => self.files.rename(slot),
@@ -270,6 +256,22 @@ impl<'a> Worker<'a> {
             }
             Step::Create | Step::Log | Step::Dirsync => Ok(()),
         }
+    }
+
+    /// Goes through a file piece by piece, for as long as the run lasts.
+    fn through(&mut self, direction: Direction, slot: usize, file: &OwnedFd) -> Outcome {
+        let (blocks, per) = (self.files.length(slot), self.files.per_piece());
+        for from in (0..blocks).step_by(per) {
+            let piece = from..(from + per).min(blocks);
+            match direction {
+                Direction::Read => self.files.read_all(slot, file, piece)?,
+                Direction::Write => self.files.write_all(slot, file, piece)?,
+            }
+            if self.stopped() {
+                break;
+            }
+        }
+        Ok(())
     }
 
     fn append(&mut self, slot: usize) -> Outcome {

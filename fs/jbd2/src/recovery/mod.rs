@@ -31,7 +31,7 @@ use std::collections::BTreeMap;
 
 use uext_blockdev::{BioFlags, BlockDevice, mutant};
 use uext_ondisk::fast_commit::FastCommit;
-use uext_ondisk::jbd2::{JournalSuperblock, edit_superblock_with};
+use uext_ondisk::jbd2::{JournalIncompat, JournalSuperblock, edit_superblock_with};
 use uext_ondisk::{Corrupt, FsBlock};
 
 use crate::error::{IoWhat, JournalError, Result};
@@ -135,26 +135,14 @@ impl<'a> Recovery<'a> {
         if !self.needs_recovery() {
             return Ok(RecoveryReport::clean(&self.sb));
         }
-        let mut fast = None;
-        let (trial, commits) = self.run(&mut TrialTarget::new(self.fs, self.journal.block_size))?;
-        let refused = match trial.damage {
-            Some(damage) => Some(damage),
-            None if commits.is_empty() => None,
-            None => match self.apply_fast_commits(&commits) {
-                Ok(changes) => {
-                    fast = Some(changes);
-                    None
-                }
-                Err(error) => Some(error),
-            },
-        };
+        let (fast, refused) = self.rehearse(on_damage)?;
         if on_damage == OnDamage::Keep
             && let Some(refused) = refused
         {
             return Err(refused);
         }
         let mut target = DeviceTarget::new(self.fs, self.journal.block_size);
-        let (mut report, _) = self.run(&mut target)?;
+        let (mut report, commits) = self.run(&mut target)?;
         report.damage = report.damage.or(refused);
         if mutant!("log-emptied-before-replay") {
             self.mark_empty(report.end_tid.wrapping_add(1))?;
@@ -186,14 +174,27 @@ impl<'a> Recovery<'a> {
         Ok(report)
     }
 
-    /// What fast commits change over the log's replay.
-    fn apply_fast_commits(&self, commits: &[FastCommit]) -> Result<Overlay> {
-        let mut log = MemoryTarget::new(self.fs, self.journal.block_size);
-        self.run(&mut log)?;
-        let log = log.into_overlay();
-        let changes = crate::fast_commit::apply(self.fs, self.journal.block_size, &log, commits)?;
-        self.check_room(changes.len())?;
-        Ok(changes)
+    /// What can be known before anything is written: what fast commits change over the log's
+    /// replay, and why a replay would not be whole. Not asked where neither matters.
+    fn rehearse(&self, on_damage: OnDamage) -> Result<(Option<Overlay>, Option<JournalError>)> {
+        let size = self.journal.block_size;
+        if !self.sb.incompat.contains(JournalIncompat::FAST_COMMIT) {
+            let damage = match on_damage {
+                OnDamage::Keep => self.run(&mut TrialTarget::new(self.fs, size))?.0.damage,
+                OnDamage::Reset => None,
+            };
+            return Ok((None, damage));
+        }
+        let mut log = MemoryTarget::new(self.fs, size);
+        let (report, commits) = self.run(&mut log)?;
+        if report.damage.is_some() || commits.is_empty() {
+            return Ok((None, report.damage));
+        }
+        let changes = crate::fast_commit::apply(self.fs, size, &log.into_overlay(), &commits);
+        match changes.and_then(|changes| self.check_room(changes.len()).map(|()| changes)) {
+            Ok(changes) => Ok((Some(changes), None)),
+            Err(refused) => Ok((None, Some(refused))),
+        }
     }
 
     /// Replays the log into memory; nothing is written. For read-only mounts and dry runs.
