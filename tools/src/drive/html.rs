@@ -13,6 +13,8 @@ use super::stats::{Figures, Interval, Op};
 const LINES: usize = 6;
 /// Picture's size, with room for numbers at the left and below.
 const WIDTH: f64 = 860.0;
+/// Room right of a picture, for half a label.
+const RIGHT: f64 = 24.0;
 const HEIGHT: f64 = 250.0;
 const LEFT: f64 = 64.0;
 const BOTTOM: f64 = 28.0;
@@ -167,7 +169,7 @@ fn picture(page: &mut String, title: &str, unit: &str, series: &[Series], logari
     let least = points().map(|point| point.1).filter(|y| *y > 0.0).fold(most, f64::min);
     let ticks = if logarithmic { decades(least, most) } else { steps(most) };
     let (low, high) = (ticks[0], ticks[ticks.len() - 1]);
-    let x = |at: f64| LEFT + (WIDTH - LEFT - 8.0) * at / end;
+    let x = |at: f64| LEFT + (WIDTH - LEFT - RIGHT) * at / end;
     let y = |value: f64| {
         let part = if logarithmic {
             (value.max(low).ln() - low.ln()) / (high.ln() - low.ln())
@@ -186,7 +188,7 @@ fn picture(page: &mut String, title: &str, unit: &str, series: &[Series], logari
             page,
             "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>\
              <text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}{unit}</text>",
-            WIDTH - 8.0,
+            WIDTH - RIGHT,
             LEFT - 8.0,
             at + 4.0,
             short(tick)
