@@ -101,16 +101,19 @@ impl Worker {
         xattr::set(path, name, &self.rng.bytes(len))
     }
 
-    /// A file is used after its name has gone.
+    /// A file is used after its name has gone: somebody's, whom others may be writing to,
+    /// or one that only this worker knows and that has to hold what was written.
     fn orphan(&mut self) -> io::Result<()> {
-        let path = self.name();
-        let file = File::options().read(true).write(true).open(&path)?;
+        let shared = self.rng.below(2) == 0;
+        let own = self.root.join(format!("own{}", std::process::id()));
+        let path = if shared { self.name() } else { own };
+        let file = File::options().read(true).write(true).create_new(!shared).open(&path)?;
         fs::remove_file(&path)?;
         file.write_all_at(b"orphan", 10_000)?;
         file.set_len(12_345)?;
         let mut bytes = [0; 6];
         file.read_exact_at(&mut bytes, 10_000)?;
-        assert_eq!(&bytes, b"orphan");
+        assert!(shared || &bytes == b"orphan", "another's bytes: {bytes:?}");
         Ok(())
     }
 
@@ -168,7 +171,11 @@ fn load(root: &Path, seed: u64) {
     let workers: Vec<_> = (0..WORKERS)
         .map(|index| {
             let mut command = Command::new("timeout");
-            command.args(["-k", "5", &limit]).arg(&exe).args(["--exact", "stress::worker"]);
+            command.args(["-k", "5", &limit]).arg(&exe).args([
+                "--exact",
+                "--nocapture",
+                "stress::worker",
+            ]);
             command.env(ROOT, root).env(SEED, (seed + index).to_string());
             command.stdout(std::process::Stdio::null()).spawn().expect("start a worker")
         })

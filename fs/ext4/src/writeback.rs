@@ -298,6 +298,9 @@ impl Ext4 {
         let Batch { pages, segments, failed, bios, set, .. } = batch;
         failed.resize(segments.len(), None);
         for (index, segment) in segments.iter().enumerate() {
+            // Without a journal a freed block of metadata is free at once.
+            let start = segment.start().0;
+            self.buffers.wait_for_forgotten(start..start + u64::from(segment.len));
             let mut skip = 0;
             while skip < segment.len {
                 let (mut bio, len) = self.data_bio(set, pages, segment, skip);

@@ -5,14 +5,16 @@
 //!   change together under that set's mutex.
 //! - While a write of the block is under way the buffer is marked so, and a second
 //!   write waits: two writes of one block are never in flight together.
+//! - A freed block that a write is still on its way to is noted as stale, so that who gives it
+//!   to a file waits for that write before its own.
 //! - A buffer that is dirty, being written, or held by the journal is never
 //!   reclaimed, and there is at most one buffer for a block.
 //!
 //! Locks: content lock (a piece of the frame) or journal state, either first but
-//! not both by this crate; then the dirty set.
+//! not both by this crate; then the dirty set; then, as a leaf, the stale blocks.
 
 use std::collections::BTreeSet;
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 use uext_sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
@@ -35,6 +37,8 @@ const VERIFIED: u32 = 1 << 3;
 const WRITE_ERROR: u32 = 1 << 4;
 /// The block was freed; cleared when it gets contents again.
 const FORGOTTEN: u32 = 1 << 5;
+/// It was freed while a write of it was under way, which still is. [dirty set mutex for changes]
+const STALE_WRITE: u32 = 1 << 6;
 
 /// For the order of locks: the contents of a block.
 pub static BLOCK_CONTENTS: Class = Class::new("contents of a block");
@@ -49,6 +53,11 @@ pub(crate) struct DirtyBuffers {
     writing: AtomicUsize,
     /// A write under way has ended.
     written: Condvar,
+    /// Freed blocks that a write is still on its way to. [changed under blocks]
+    stale: Mutex<BTreeSet<u64>>,
+    /// How many those are, to look at without a lock. WHY-RELAXED: a block is freed, and then
+    /// found free, under the allocator's locks, which order the two sides.
+    stale_count: AtomicUsize,
     pub(crate) counters: Arc<Counters>,
 }
 
@@ -64,8 +73,33 @@ impl DirtyBuffers {
             blocks: Mutex::default(),
             writing: AtomicUsize::new(0),
             written: Condvar::new(),
+            stale: Mutex::default(),
+            stale_count: AtomicUsize::new(0),
             counters,
         })
+    }
+
+    /// Waits until no write from before they were freed is on its way to these blocks.
+    pub(crate) fn wait_for_stale(&self, range: Range<u64>) {
+        if self.stale_count.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let mut blocks = self.blocks.lock();
+        while self.stale.lock().range(range.clone()).next().is_some() {
+            self.written.wait(&mut blocks);
+        }
+    }
+
+    /// Counts a block in or out of `stale`; `blocks` is locked.
+    fn note_stale(&self, block: u64, is_stale: bool) {
+        let mut stale = self.stale.lock();
+        if is_stale {
+            stale.insert(block);
+        } else {
+            stale.remove(&block);
+        }
+        // WHY-RELAXED: see the field.
+        self.stale_count.store(stale.len(), Ordering::Relaxed);
     }
 }
 
@@ -292,7 +326,12 @@ impl BufferHead {
         self.clear_dirty_locked(&mut blocks);
         self.set(FORGOTTEN);
         self.clear(UPTODATE | VERIFIED | WRITE_ERROR);
-        self.has(WRITEBACK)
+        let writing = self.has(WRITEBACK);
+        if writing && !self.has(STALE_WRITE) {
+            self.set(STALE_WRITE);
+            self.dirty.note_stale(self.block, true);
+        }
+        writing
     }
 
     /// Waits until no other write is under way, and begins one: the buffer is clean
@@ -317,7 +356,10 @@ impl BufferHead {
     pub(crate) fn end_write(&self, ok: bool) {
         let mut blocks = self.dirty.blocks.lock();
         self.dirty.writing.fetch_sub(1, Ordering::Relaxed);
-        self.clear(WRITEBACK);
+        if self.has(STALE_WRITE) {
+            self.dirty.note_stale(self.block, false);
+        }
+        self.clear(WRITEBACK | STALE_WRITE);
         if ok {
             self.clear(WRITE_ERROR);
         } else if !self.has(FORGOTTEN) {

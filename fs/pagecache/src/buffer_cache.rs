@@ -222,7 +222,8 @@ impl BufferCache {
     }
 
     /// The block was freed: its dirty state and contents are dropped, and it leaves the
-    /// cache unless somebody still holds it or a write of it is under way.
+    /// cache unless somebody still holds it or a write of it is under way, which this does
+    /// not wait for: see [`BufferCache::wait_for_forgotten`].
     pub fn forget(&self, block: u64) {
         let (group, piece) = self.place(block);
         let mut shard = self.shard(group).lock();
@@ -237,6 +238,13 @@ impl BufferCache {
         let frame = if empty { self.remove_group(&mut shard, group) } else { None };
         drop(shard);
         drop((gone, frame));
+    }
+
+    /// Waits for writes that were on their way to these blocks when they were forgotten. Who
+    /// gives blocks to a file's data calls this before it writes them past this cache; it
+    /// holds no guard of a buffer.
+    pub fn wait_for_forgotten(&self, blocks: Range<u64>) {
+        self.dirty.wait_for_stale(blocks);
     }
 
     /// Writes these blocks now, sorted and merged, and waits; no flush. Buffers are
