@@ -11,6 +11,7 @@ use uext_tests::run;
 use uext_tests::scratch::{Kind, Scratch, assert_clean};
 
 mod builds;
+mod fstab;
 mod fsx;
 mod git;
 mod huge;

@@ -153,8 +153,11 @@ struct MountHelper {
     #[arg(short)]
     verbose: bool,
     /// Filesystem type (only one is known)
-    #[arg(short, value_name = "TYPE")]
+    #[arg(short = 't', value_name = "TYPE")]
     fstype: Option<String>,
+    /// Mount namespace, which mount(8) has entered already
+    #[arg(short = 'N', value_name = "NAMESPACE")]
+    namespace: Option<OsString>,
 }
 
 /// How umount(8) calls a umount helper.
@@ -179,8 +182,11 @@ struct UmountHelper {
     #[arg(short)]
     verbose: bool,
     /// Filesystem type (only one is known)
-    #[arg(short, value_name = "TYPE")]
+    #[arg(short = 't', value_name = "TYPE")]
     fstype: Option<String>,
+    /// Mount namespace, which mount(8) has entered already
+    #[arg(short = 'N', value_name = "NAMESPACE")]
+    namespace: Option<OsString>,
 }
 
 /// Runs the program and gives its exit code.
@@ -262,7 +268,7 @@ fn request(options: &[String], sloppy: bool) -> Result<MountRequest, Failure> {
 
 /// Serves `-o remount`; whether it was asked for.
 fn remounted(options: &[String], dir: &Path) -> Result<bool, Failure> {
-    match Remount::parse(options).map_err(Failure::Failed)? {
+    match Remount::parse(options) {
         Some(remount) => remount.apply(dir).map_err(Failure::Failed).map(|()| true),
         None => Ok(false),
     }
@@ -333,4 +339,30 @@ fn mkfs(args: Vec<OsString>) -> i32 {
 
 fn fsck(args: Vec<OsString>) -> i32 {
     crate::fsck::main(args)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_commands_are_consistent() {
+        Cli::command().debug_assert();
+        MountHelper::command().debug_assert();
+        UmountHelper::command().debug_assert();
+    }
+
+    /// As mount(8) and umount(8) call them: util-linux' `mnt_context_exec_helper`.
+    #[test]
+    fn the_helpers_take_what_mount_gives_them() {
+        let all = ["-s", "-f", "-n", "-v", "-N", "/proc/1/ns/mnt", "-o", "rw", "-t", "fuse.uext"];
+        let names = ["mount.fuse.uext", "image", "dir"];
+        let args = MountHelper::try_parse_from(names.into_iter().chain(all)).expect("it parses");
+        assert!(args.sloppy && args.fake && args.no_mtab && args.verbose);
+        let all = ["-f", "-l", "-n", "-r", "-v", "-N", "1", "-t", "fuse.uext"];
+        let names = ["umount.fuse.uext", "dir"];
+        let args = UmountHelper::try_parse_from(names.into_iter().chain(all)).expect("it parses");
+        assert!(args.force && args.lazy && args.no_mtab && args.remount && args.verbose);
+    }
 }

@@ -200,16 +200,17 @@ impl Front {
         let Some(pending) = pending else {
             let front = FuserMount::new(fs, &name, dir, &request.fuse).map_err(on)?;
             let mount = mount_table::mount_at(dir).ok().flatten();
-            let state = leave_word(mount.map_or((0, 0), |mount| mount.device), source, dir);
+            let device = mount.map_or((0, 0), |mount| mount.device);
+            let state = leave_word(device, source, dir, &request.given);
             return Ok((Self::Portable(front), state));
         };
         // Who sees the mount finds the word of it too, not that of a dead one with its number.
         let (to_us, word) = std::sync::mpsc::channel();
-        let place = (source.to_owned(), dir.to_owned());
+        let place = (source.to_owned(), dir.to_owned(), request.given.clone());
         let served = pending
             .after_unmount(move || device.release_claim())
             .before_attach(move |number| {
-                let _ = to_us.send(leave_word(number, &place.0, &place.1));
+                let _ = to_us.send(leave_word(number, &place.0, &place.1, &place.2));
             })
             .serve(fs, dir);
         let state = word.try_recv().ok().flatten();
@@ -240,9 +241,14 @@ impl Front {
     }
 }
 
-/// What `uext umount` waits by; the mount works without it.
-fn leave_word(device: (u32, u32), source: &Path, dir: &Path) -> Option<MountState> {
-    MountState::create(device, source, dir)
+/// What `uext umount` waits by, and a remount compares with; the mount works without it.
+fn leave_word(
+    device: (u32, u32),
+    source: &Path,
+    dir: &Path,
+    options: &[String],
+) -> Option<MountState> {
+    MountState::create(device, source, dir, options)
         .inspect_err(|error| log::warn!("nobody will be able to wait for the unmount: {error}"))
         .ok()
 }

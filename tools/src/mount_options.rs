@@ -22,6 +22,8 @@ pub struct MountRequest {
     pub engine: Engine,
     /// Where messages go.
     pub log_file: Option<PathBuf>,
+    /// The options as they were given, in order.
+    pub given: Vec<String>,
     /// Kernel tuning knobs that were given and do nothing here.
     pub ignored: Vec<String>,
     /// Mount through fusermount3 even as root.
@@ -38,6 +40,7 @@ impl MountRequest {
             fuse: Config { allow_other: root, ..Config::default() },
             engine: Engine::Auto,
             log_file: None,
+            given: Vec::new(),
             ignored: Vec::new(),
             portable: false,
             sloppy: false,
@@ -55,6 +58,7 @@ impl MountRequest {
                 None => (option, None),
             };
             self.add_one(key, value).map_err(|problem| format!("option {option}: {problem}"))?;
+            self.given.push(option.to_owned());
         }
         self.set_read_only(self.ext4.read_only);
         self.fuse.sync = self.ext4.sync;
@@ -225,7 +229,7 @@ impl MountRequest {
 }
 
 /// Cuts at commas that are not within double quotes, as mount(8) does.
-fn split(list: &str) -> impl Iterator<Item = &str> {
+pub(crate) fn split(list: &str) -> impl Iterator<Item = &str> {
     let mut quoted = false;
     list.split(move |c| {
         quoted ^= c == '"';

@@ -10,9 +10,15 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
+use nix::sys::statvfs::{FsFlags, statvfs};
+use uext_fuse::mount_table::MountEntry;
 use uext_fuse::{control, mount_table};
 
-/// Flags that may be given with `remount`, and their bits; `false` clears one.
+use crate::mount_options::split;
+use crate::state::MountWaiter;
+
+/// Flags that may be given with `remount`, and their bits; `false` clears one. Those that are
+/// not given stay.
 const FLAGS: [(&str, MsFlags, bool); 6] = [
     ("nodev", MsFlags::MS_NODEV, true),
     ("dev", MsFlags::MS_NODEV, false),
@@ -22,10 +28,9 @@ const FLAGS: [(&str, MsFlags, bool); 6] = [
     ("exec", MsFlags::MS_NOEXEC, false),
 ];
 /// What mount(8) repeats from the table of mounts or fstab(5), and what changes nothing.
-const REPEATED: [&str; 10] = [
+const REPEATED: [&str; 9] = [
     "remount",
     "defaults",
-    "relatime",
     "async",
     "auto",
     "noauto",
@@ -37,27 +42,29 @@ const REPEATED: [&str; 10] = [
 const REPEATED_KEYS: [&str; 7] =
     ["user_id=", "group_id=", "rootmode=", "fd=", "blksize=", "max_read=", "subtype="];
 
-/// Flags of a remount.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What a remount is to change.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Remount {
     read_only: bool,
-    flags: MsFlags,
+    set: MsFlags,
+    clear: MsFlags,
+    /// Options that cannot be changed: they must be those that the mount has.
+    fixed: Vec<String>,
 }
 
 impl Remount {
     /// From the options of `-o`; `None` when they ask for no remount.
-    ///
-    /// # Errors
-    /// One line that names an option that cannot be changed.
-    pub fn parse(lists: &[String]) -> Result<Option<Self>, String> {
-        let options = || lists.iter().flat_map(|list| list.split(',')).filter(|o| !o.is_empty());
+    pub fn parse(lists: &[String]) -> Option<Self> {
+        let options = || lists.iter().flat_map(|list| split(list));
         if !options().any(|option| option == "remount") {
-            return Ok(None);
+            return None;
         }
-        let mut remount = Self { read_only: false, flags: MsFlags::empty() };
+        let none = MsFlags::empty();
+        let mut remount = Self { read_only: false, set: none, clear: none, fixed: Vec::new() };
         for option in options() {
             if let Some((_, flag, on)) = FLAGS.iter().find(|(name, ..)| *name == option) {
-                remount.flags.set(*flag, *on);
+                remount.set.set(*flag, *on);
+                remount.clear.set(*flag, !*on);
                 continue;
             }
             match option {
@@ -66,21 +73,17 @@ impl Remount {
                 _ if REPEATED.contains(&option) => {}
                 _ if option.starts_with("x-") || option.starts_with("X-") => {}
                 _ if REPEATED_KEYS.iter().any(|key| option.starts_with(key)) => {}
-                _ => {
-                    return Err(format!(
-                        "option {option}: cannot be changed by a remount: unmount and mount again"
-                    ));
-                }
+                _ => remount.fixed.push(option.to_owned()),
             }
         }
-        Ok(Some(remount))
+        Some(remount)
     }
 
     /// Changes the mount at `dir`.
     ///
     /// # Errors
-    /// One line.
-    pub fn apply(self, dir: &Path) -> Result<(), String> {
+    /// One line, which names an option that cannot be changed.
+    pub fn apply(&self, dir: &Path) -> Result<(), String> {
         let named = |problem: &str| format!("{}: {problem}", dir.display());
         let dir = &dir.canonicalize().map_err(|error| named(&error.to_string()))?;
         let entry = mount_table::mount_at(dir).map_err(|error| named(&error.to_string()))?;
@@ -88,12 +91,24 @@ impl Remount {
         if !entry.fstype.ends_with(".uext") {
             return Err(named(&format!("a mount of {}, not of uext", entry.fstype)));
         }
+        self.check_fixed(&entry)?;
         let tell = || {
             let root = File::open(dir).map_err(|error| named(&error.to_string()))?;
-            control::remount(&root, self.read_only).map_err(|error| named(&error.to_string()))
+            control::remount(&root, self.read_only).map_err(|error| {
+                named(&match error.raw_os_error() {
+                    Some(libc::EROFS) => {
+                        "mounted read-only: unmount it and mount it with rw, after uext fsck if an \
+                         error made it so"
+                            .to_owned()
+                    }
+                    _ => error.to_string(),
+                })
+            })
         };
         let change = || {
-            let mut flags = MsFlags::MS_REMOUNT | self.flags;
+            let mut flags = current_flags(dir).map_err(|errno| named(errno.desc()))?;
+            flags.remove(self.clear);
+            flags |= MsFlags::MS_REMOUNT | self.set;
             flags.set(MsFlags::MS_RDONLY, self.read_only);
             let none: Option<&str> = None;
             mount(none, dir, none, flags, none).map_err(|errno| match errno {
@@ -109,23 +124,59 @@ impl Remount {
             change()
         }
     }
+
+    /// Whether the mount has what a remount cannot change. mount(8) repeats what is in fstab(5).
+    fn check_fixed(&self, entry: &MountEntry) -> Result<(), String> {
+        if self.fixed.is_empty() {
+            return Ok(());
+        }
+        let word = MountWaiter::find(entry, entry.user);
+        let mut has = word.and_then(|mut word| word.options().ok()).unwrap_or_default();
+        if !has.iter().any(|option| option.ends_with("atime")) {
+            has.push("relatime".to_owned());
+        }
+        match self.fixed.iter().find(|option| !has.contains(option)) {
+            None => Ok(()),
+            Some(option) => Err(format!(
+                "option {option}: cannot be changed by a remount: unmount and mount again"
+            )),
+        }
+    }
+}
+
+/// The flags of a mount that a remount would clear if they were not named again.
+pub(crate) fn current_flags(dir: &Path) -> Result<MsFlags, Errno> {
+    let now = statvfs(dir)?.flags();
+    let mut flags = MsFlags::empty();
+    for (has, flag) in [
+        (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
+        (FsFlags::ST_NODEV, MsFlags::MS_NODEV),
+        (FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
+        (FsFlags::ST_SYNCHRONOUS, MsFlags::MS_SYNCHRONOUS),
+        (FsFlags::ST_NOATIME, MsFlags::MS_NOATIME),
+        (FsFlags::ST_NODIRATIME, MsFlags::MS_NODIRATIME),
+        (FsFlags::ST_RELATIME, MsFlags::MS_RELATIME),
+    ] {
+        flags.set(flag, now.contains(has));
+    }
+    Ok(flags)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn parse(options: &str) -> Result<Option<Remount>, String> {
+    fn parse(options: &str) -> Option<Remount> {
         Remount::parse(&[options.to_owned()])
     }
 
     #[test]
-    fn the_last_of_two_options_counts_and_others_are_refused() {
-        assert_eq!(parse("ro,nodev"), Ok(None));
+    fn the_last_of_two_options_counts_and_others_are_kept_for_comparison() {
+        assert_eq!(parse("ro,nodev"), None);
         let given =
-            parse("rw,relatime,user_id=0,group_id=0,blksize=4096,remount,ro,nodev,nosuid,dev");
-        let flags = MsFlags::MS_NOSUID;
-        assert_eq!(given, Ok(Some(Remount { read_only: true, flags })));
-        assert!(parse("remount,commit=5").unwrap_err().contains("commit=5"));
+            parse("rw,user_id=0,group_id=0,blksize=4096,remount,ro,nodev,nosuid,dev,commit=5");
+        let (set, clear) = (MsFlags::MS_NOSUID, MsFlags::MS_NODEV);
+        let fixed = vec!["commit=5".to_owned()];
+        assert_eq!(given, Some(Remount { read_only: true, set, clear, fixed }));
     }
 }

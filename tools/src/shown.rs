@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::mount::MsFlags;
-use nix::sys::statvfs::{FsFlags, statvfs};
+
+use crate::remount::current_flags;
 
 /// How often, and how many times, it is tried while files are open for writing.
 const RETRY: Duration = Duration::from_millis(500);
@@ -37,19 +38,6 @@ pub(crate) fn show_read_only(dir: PathBuf) {
 }
 
 fn try_remount(dir: &Path) -> Result<(), Errno> {
-    // What is not named again would be cleared.
-    let now = statvfs(dir)?.flags();
-    let mut flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-    for (has, flag) in [
-        (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
-        (FsFlags::ST_NODEV, MsFlags::MS_NODEV),
-        (FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
-        (FsFlags::ST_SYNCHRONOUS, MsFlags::MS_SYNCHRONOUS),
-        (FsFlags::ST_NOATIME, MsFlags::MS_NOATIME),
-        (FsFlags::ST_NODIRATIME, MsFlags::MS_NODIRATIME),
-        (FsFlags::ST_RELATIME, MsFlags::MS_RELATIME),
-    ] {
-        flags.set(flag, now.contains(has));
-    }
+    let flags = current_flags(dir)? | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
     nix::mount::mount(None::<&str>, dir, None::<&str>, flags, None::<&str>)
 }

@@ -3,6 +3,7 @@
 //! The file is named for the filesystem's device number and lies in `/run/uext`, or
 //! for a user's mount in `$XDG_RUNTIME_DIR/uext`. Its daemon holds an exclusive flock
 //! on it for as long as it lives, and appends how the unmount went as its last act.
+//! Between, it says with which options the mount was made, for a remount that repeats them.
 //! Who waits opens the file before it unmounts, takes a shared lock, which comes
 //! when the daemon has gone, however it went, and reads the outcome.
 
@@ -28,7 +29,12 @@ impl MountState {
     ///
     /// # Errors
     /// Those of the file; the mount works without it, only nobody can wait for it.
-    pub fn create(device: (u32, u32), source: &Path, dir: &Path) -> io::Result<Self> {
+    pub fn create(
+        device: (u32, u32),
+        source: &Path,
+        dir: &Path,
+        options: &[String],
+    ) -> io::Result<Self> {
         let base = own_directory()?;
         let path = base.join(file_name(device));
         // What a daemon that was killed has left is not ours.
@@ -40,7 +46,9 @@ impl MountState {
         let mut file = Flock::lock(file, FlockArg::LockExclusiveNonblock)
             .map_err(|(_, e)| io::Error::from(e))?;
         let (pid, source, dir) = (std::process::id(), source.display(), dir.display());
-        file.write_all(format!("pid {pid}\nsource {source}\nmount {dir}\n").as_bytes())?;
+        let options = options.iter().map(|option| format!("option {option}\n"));
+        let text = format!("pid {pid}\nsource {source}\nmount {dir}\n");
+        file.write_all((text + &options.collect::<String>()).as_bytes())?;
         Ok(Self { file, path })
     }
 
@@ -69,6 +77,20 @@ impl MountWaiter {
             let meta = file.metadata().ok()?;
             (meta.is_file() && (meta.uid() == user || meta.uid() == 0)).then_some(Self(file))
         })
+    }
+
+    /// The options of the mount.
+    ///
+    /// # Errors
+    /// Those of reading the file.
+    pub fn options(&mut self) -> io::Result<Vec<String>> {
+        let mut text = String::new();
+        self.0.read_to_string(&mut text)?;
+        Ok(text
+            .lines()
+            .filter_map(|line| line.strip_prefix("option "))
+            .map(str::to_owned)
+            .collect())
     }
 
     /// Waits until the daemon has gone.

@@ -1,0 +1,76 @@
+//! mount(8), umount(8) and fstab(5) with uext's helpers where an installation puts them.
+
+use std::os::unix::fs::symlink;
+use std::{fs, path::Path};
+
+use uext_tests::scratch::{Scratch, assert_clean};
+use uext_tests::{require, run, uext};
+
+use crate::{EXT4, limited};
+
+const HELPERS: [&str; 3] = ["mount.fuse.uext", "umount.fuse.uext", "mount.fuseblk.uext"];
+
+/// Runs a script in a mount namespace of its own, in which the helpers are installed; `$1` is
+/// the scratch directory with `image` and `mnt`.
+fn installed(scratch: &Path, script: &str) -> String {
+    let helpers = scratch.join("helpers");
+    fs::create_dir(&helpers).expect("mkdir");
+    for name in HELPERS {
+        symlink(uext(), helpers.join(name)).expect("symlink");
+    }
+    // /sbin is replaced by links to what it holds and to the helpers.
+    let install = "sbin=$(readlink -f /sbin); mkdir \"$1/sbin\"; mount --bind $sbin \"$1/sbin\"; \
+                   mount -t tmpfs tmpfs $sbin; cp -as \"$1\"/sbin/. \"$1\"/helpers/. $sbin; \
+                   cd \"$1\"; shown() { grep \" $PWD/mnt \" /proc/mounts; }; ";
+    let mut shell = limited(120, "unshare");
+    shell.args(["-m", "bash", "-euo", "pipefail", "-c", &(install.to_owned() + script), "bash"]);
+    run(shell.arg(scratch))
+}
+
+#[test]
+fn an_entry_of_fstab_is_mounted_remounted_and_unmounted() {
+    require!("mke2fs", "e2fsck", "unshare");
+    let scratch = Scratch::new();
+    let image = scratch.mkfs("image", EXT4, 32 << 20, &[]);
+    scratch.mount_point("mnt");
+    let said = installed(
+        scratch.path(),
+        "echo \"$PWD/image $PWD/mnt fuse.uext rw,noatime,nodev,noauto,commit=9,x-some.thing 0 2\" >fstab; \
+         mount -T fstab \"$PWD/mnt\"; shown; echo text >mnt/file; \
+         mount -T fstab -o remount,ro \"$PWD/mnt\"; shown; ! touch mnt/other; \
+         mount -o remount,rw \"$PWD/mnt\"; touch mnt/other; \
+         ! mount -o remount,commit=8 mnt; shown; \
+         umount mnt; ! shown",
+    );
+    let lines: Vec<&str> = said.lines().filter(|line| line.contains("fuseblk.uext")).collect();
+    let [first, second, third] = lines[..] else { panic!("{said}") };
+    for (line, state) in [(first, "rw,"), (second, "ro,"), (third, "rw,")] {
+        for option in [state, "nodev", "noatime"] {
+            assert!(line.contains(option), "{line}");
+        }
+    }
+    assert!(said.contains("commit=8: cannot be changed"), "{said}");
+    assert_clean(&image);
+}
+
+#[test]
+fn mount_by_type_takes_an_image_and_a_device_and_says_why_it_refuses() {
+    require!("mke2fs", "e2fsck", "unshare", "losetup");
+    let scratch = Scratch::new();
+    let image = scratch.mkfs("image", EXT4, 32 << 20, &[]);
+    scratch.mount_point("mnt");
+    let said = installed(
+        scratch.path(),
+        "mount -t fuse.uext image mnt; echo text >mnt/file; umount mnt; \
+         mount -t fuse.uext -o ro image mnt; cat mnt/file; \
+         ! mount -o remount,rw mnt; ! touch mnt/file; umount mnt; \
+         loop=$(losetup -f --show image); trap 'losetup -d $loop' EXIT; \
+         mount -t fuse.uext $loop mnt; cat mnt/file; umount mnt; \
+         mount -t fuse.uext -o nonsense $loop mnt || echo \"status $?\"; ! shown",
+    );
+    assert_eq!(said.matches("text\n").count(), 2, "{said}");
+    assert!(said.contains("mounted read-only: unmount it and mount it with rw"), "{said}");
+    assert!(said.contains("status 32"), "{said}");
+    assert!(said.contains("nonsense"), "{said}");
+    assert_clean(&image);
+}
