@@ -80,6 +80,7 @@ mod trim;
 mod truncate;
 mod vfs_impl;
 mod writeback;
+mod writeback_group;
 mod xattr;
 mod xattr_share;
 

@@ -211,8 +211,9 @@ impl Ext4 {
             return Ok(());
         }
         self.store_errors();
-        let mut first_error = None;
-        for inode in self.inodes.all() {
+        let inodes = self.inodes.all();
+        let mut first_error = self.write_small_files(&inodes).err();
+        for inode in inodes {
             let written = self.flush_data(&inode).and_then(|()| self.write_lazy(&inode));
             if let Err(error) = written {
                 self.report(Some(inode.ino), &error);

@@ -170,17 +170,8 @@ impl Ext4 {
         // Read while the pages are locked: what they hold is no shorter than this.
         let size = inode.size();
         let mut first_error = None;
-        self.dirty_runs(batch, size);
         let Batch { pages, runs, segments, .. } = &mut *batch;
-        for run in runs.iter() {
-            if let Err(error) = self.plan_run(inode, run, segments) {
-                // What was planned of the run goes on; the rest has no segment.
-                let planned = segments.last().filter(|s: &&Segment| s.logical >= run.logical);
-                let done = planned.map_or(run.logical, |s| s.logical + s.len);
-                self.fail(pages, done, run.logical + run.len, &error);
-                first_error.get_or_insert(error);
-            }
-        }
+        self.plan_pages(inode, pages, runs, segments, size, &mut first_error);
         if self.journals_data(inode) {
             let segments = batch.segments.drain(..).collect();
             self.journal_segments(inode, &mut batch.pages, segments, size, &mut first_error);
@@ -195,12 +186,47 @@ impl Ext4 {
             self.write_segments(inode, batch, &mut first_error);
             self.map_segments(inode, batch, size, &mut first_error);
         }
-        if let Err(error) = self.follow_size(inode, &batch.pages, size) {
-            let last = batch.pages.len() - 1;
-            batch.pages[last].error.get_or_insert(as_writeback_error(&error));
+        self.finish_pages(inode, &mut batch.pages, size, &mut first_error);
+        first_error.map_or(Ok(()), Err)
+    }
+
+    /// Segments for the dirty blocks of locked pages; pages of blocks without one are failed.
+    pub(crate) fn plan_pages(
+        &self,
+        inode: &Inode,
+        pages: &mut [Page],
+        runs: &mut Vec<Run>,
+        segments: &mut Vec<Segment>,
+        size: u64,
+        first_error: &mut Option<Error>,
+    ) {
+        self.dirty_runs(pages, runs, size);
+        for run in runs.iter() {
+            if let Err(error) = self.plan_run(inode, run, segments) {
+                // What was planned of the run goes on; the rest has no segment.
+                let planned = segments.last().filter(|s: &&Segment| s.logical >= run.logical);
+                let done = planned.map_or(run.logical, |s| s.logical + s.len);
+                self.fail(pages, done, run.logical + run.len, &error);
+                first_error.get_or_insert(error);
+            }
+        }
+    }
+
+    /// Lets the size on the disk follow and ends the pages, each with its result.
+    pub(crate) fn finish_pages(
+        &self,
+        inode: &Inode,
+        pages: &mut Vec<Page>,
+        size: u64,
+        first_error: &mut Option<Error>,
+    ) {
+        if let Err(error) = self.follow_size(inode, pages, size) {
+            if let Some(last) = pages.last_mut() {
+                last.error.get_or_insert(as_writeback_error(&error));
+            }
             first_error.get_or_insert(error);
         }
-        for page in batch.pages.drain(..) {
+        for page in pages.drain(..) {
             let folio = page.guard.folio().clone();
             let failed = page.error.is_some();
             page.guard.complete(page.error.map_or(Ok(()), Err));
@@ -210,14 +236,12 @@ impl Ext4 {
                 self.drop_delayed(inode, self.block_at(first), self.block_behind(first + PAGE));
             }
         }
-        first_error.map_or(Ok(()), Err)
     }
 
     /// The dirty blocks of the pages as runs of the file, without what is behind its end.
-    fn dirty_runs(&self, batch: &mut Batch, size: u64) {
+    fn dirty_runs(&self, pages: &[Page], runs: &mut Vec<Run>, size: u64) {
         let end = self.block_behind(size);
         let block_size = self.block_size() as usize;
-        let Batch { pages, runs, .. } = batch;
         for page in pages {
             let first = self.block_at(page.guard.folio().index() * PAGE);
             for at in 0..(PAGE_SIZE / block_size) as u32 {
@@ -314,8 +338,20 @@ impl Ext4 {
         }
         self.submit_data(bios, failed);
         let mut statuses = failed.drain(..);
+        self.drop_failed(inode, pages, segments, || statuses.next().flatten(), first_error);
+    }
+
+    /// Takes out the segments whose write failed; `status_of_next` tells of each in turn.
+    pub(crate) fn drop_failed(
+        &self,
+        inode: &Inode,
+        pages: &mut [Page],
+        segments: &mut Vec<Segment>,
+        mut status_of_next: impl FnMut() -> Option<BlkStatus>,
+        first_error: &mut Option<Error>,
+    ) {
         segments.retain(|segment| {
-            let Some(status) = statuses.next().flatten() else { return true };
+            let Some(status) = status_of_next() else { return true };
             let error = Error::from(status);
             log::error!(
                 "{}: inode {}: writing {} blocks at block {} failed: {error}",
@@ -336,7 +372,7 @@ impl Ext4 {
     }
 
     /// Writes data and waits; notes which segments failed.
-    fn submit_data(&self, bios: &mut Vec<Bio>, failed: &mut [Option<BlkStatus>]) {
+    pub(crate) fn submit_data(&self, bios: &mut Vec<Bio>, failed: &mut [Option<BlkStatus>]) {
         if bios.is_empty() {
             return;
         }
@@ -350,7 +386,13 @@ impl Ext4 {
 
     /// The write of a segment from its `skip`th block on, from the pages' own memory, and how many
     /// blocks that are.
-    fn data_bio(&self, set: &BioSet, pages: &[Page], segment: &Segment, skip: u32) -> (Bio, u32) {
+    pub(crate) fn data_bio(
+        &self,
+        set: &BioSet,
+        pages: &[Page],
+        segment: &Segment,
+        skip: u32,
+    ) -> (Bio, u32) {
         let block_size = u64::from(self.block_size());
         let sector = self.sector_of(segment.start() + u64::from(skip));
         let mut bio = set.alloc(BioOp::Write, BioFlags::empty(), sector);
@@ -397,6 +439,19 @@ impl Ext4 {
         first_error: &mut Option<Error>,
     ) {
         let Batch { pages, segments, group, .. } = batch;
+        self.map_written_segments(inode, pages, segments, group, size, first_error);
+    }
+
+    /// Maps segments whose data was written; `group` is empty, before and after.
+    pub(crate) fn map_written_segments(
+        &self,
+        inode: &Inode,
+        pages: &mut [Page],
+        segments: &mut Vec<Segment>,
+        group: &mut Vec<Segment>,
+        size: u64,
+        first_error: &mut Option<Error>,
+    ) {
         segments.retain(|segment| !matches!(segment.place, Place::Mapped(_)));
         segments.reverse();
         while !segments.is_empty() {
@@ -528,9 +583,7 @@ impl Ext4 {
 
     /// Lets `disk_size` follow to the end of what this batch wrote.
     fn follow_size(&self, inode: &Inode, pages: &[Page], size: u64) -> Result<()> {
-        let done = pages.iter().rev().find(|page| page.error.is_none());
-        let Some(page) = done else { return Ok(()) };
-        let end = size.min((page.guard.folio().index() + 1) * PAGE);
+        let Some(end) = end_of_pages(pages, size) else { return Ok(()) };
         if inode.core.lock().disk_size >= end {
             return Ok(());
         }
@@ -538,4 +591,10 @@ impl Ext4 {
         inode.core.lock().disk_size = end;
         self.mark_inode_dirty(&handle, inode)
     }
+}
+
+/// Where the last page without an error ends, in a file of that size.
+fn end_of_pages(pages: &[Page], size: u64) -> Option<u64> {
+    let done = pages.iter().rev().find(|page| page.error.is_none())?;
+    Some(size.min((done.guard.folio().index() + 1) * PAGE))
 }

@@ -1,0 +1,98 @@
+//! Many small files written by one sync: judged on the disk that a power cut leaves after it,
+//! and by who hears of a write that failed.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod modes_common;
+
+use modes_common::*;
+use uext_blockdev::dm::flakey::{Ops, When};
+use uext_ext4::DataMode;
+use uext_vfs::{Errno, FileSystem};
+
+const EXT4: &[&str] = &["-t", "ext4", "-b", "4096", "-J", "size=4", "-N", "2048"];
+const EXT3: &[&str] = &["-t", "ext3", "-b", "1024", "-J", "size=4", "-N", "2048"];
+/// More than one group of files that are written together.
+const FILES: usize = 600;
+
+fn name(n: usize) -> String {
+    format!("file-{n}")
+}
+
+/// Of all sizes around a page, with holes, and some too large to count as small.
+fn contents(n: usize) -> Vec<u8> {
+    let seed = n as u64 + 1;
+    match n % 20 {
+        0 => Vec::new(),
+        1 => [vec![0; 70_000], pattern(seed, 50)].concat(),
+        2 if n < 100 => pattern(seed, 300_000),
+        kind => pattern(seed, kind * 613),
+    }
+}
+
+fn make(disk: &Disk, n: usize) {
+    let (ino, data) = (disk.create(&name(n)), contents(n));
+    // Zeroes at the start are left a hole.
+    let hole = if n % 20 == 1 { 70_000 } else { 0 };
+    disk.write(ino, hole as u64, &data[hole..]).unwrap();
+}
+
+#[test]
+fn a_sync_makes_all_files_durable() {
+    for args in [EXT4, EXT3] {
+        for mode in [DataMode::Ordered, DataMode::Journal, DataMode::Writeback] {
+            let disk = Disk::new(image(64, args, &[]), &options(Some(mode)));
+            (0..FILES).for_each(|n| make(&disk, n));
+            disk.fs.sync().unwrap();
+            recovered(disk.power_cut(), |fs| {
+                for n in 0..FILES {
+                    assert!(read(fs, ino(fs, &name(n))) == contents(n), "{mode:?}: file {n}");
+                }
+            });
+            disk.check();
+        }
+    }
+}
+
+/// Before, each file cost a wait for the disk.
+#[test]
+fn neighbours_go_down_together() {
+    let disk = Disk::new(image(64, EXT4, &[]), &options(Some(DataMode::Ordered)));
+    for n in 0..FILES {
+        let ino = disk.create(&name(n));
+        disk.write(ino, 0, &pattern(n as u64, 4096)).unwrap();
+    }
+    disk.fs.sync().unwrap();
+    // What lies next to each other on the disk belongs to files made one after the other.
+    let place = |n: usize| disk.fs.bmap(&ROOT, disk.ino(&name(n)), 0, 4096).unwrap();
+    let adjacent = (1..FILES).filter(|&n| place(n) == place(n - 1) + 1).count();
+    assert!(adjacent > FILES * 9 / 10, "{adjacent} of {FILES} follow their neighbour");
+    disk.check();
+}
+
+/// Whatever write of a sync fails, it says so; the file's own fsync says so once; and the next
+/// sync, on a device that works again, leaves nothing undone.
+#[test]
+fn a_write_that_failed_is_told_and_tried_again() {
+    for nth in [1, 7, 40] {
+        let disk = Disk::new(image(64, EXT4, &[]), &options(Some(DataMode::Ordered)));
+        let files: Vec<_> =
+            (0..60).map(|n| (disk.create(&name(n)), pattern(n as u64, 5000))).collect();
+        disk.fs.sync().unwrap();
+        for (ino, data) in &files {
+            disk.write(*ino, 0, data).unwrap();
+        }
+        disk.fail(Ops::WRITE, When::Nth(nth));
+        assert_eq!(disk.fs.sync(), Err(Errno::EIO), "write {nth}");
+        let told = |ino| disk.fs.fsync(&ROOT, ino, FH, false) == Err(Errno::EIO);
+        let first = files.iter().filter(|(ino, _)| told(*ino)).count();
+        let second = files.iter().filter(|(ino, _)| told(*ino)).count();
+        assert!(first >= 1 && second == 0, "write {nth}: {first} and {second} fsyncs failed");
+        disk.fs.sync().unwrap();
+        recovered(disk.power_cut(), |fs| {
+            for (n, (_, data)) in files.iter().enumerate() {
+                assert!(read(fs, ino(fs, &name(n))) == *data, "file {n}");
+            }
+        });
+        disk.check();
+    }
+}
