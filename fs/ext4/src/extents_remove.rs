@@ -149,7 +149,8 @@ mod tests {
     //! Trees against a map of single blocks, with nodes of 1 KiB so that they get deep.
 
     use super::*;
-    use crate::extents::{empty_root, insert, lookup, mark_written};
+    use crate::extents::{MAX_BLOCKS, empty_root, insert, lookup, mark_written};
+    use crate::extents_shift::{end_of_last, shift_left_step, shift_right_step, split_at};
     use crate::map_io::tests::{FIRST_NODE, MemIo};
     use proptest::prelude::*;
     use std::collections::{BTreeMap, BTreeSet};
@@ -261,9 +262,30 @@ mod tests {
 
     #[derive(Clone, Debug)]
     enum Op {
-        Insert { at: u32, len: u32, unwritten: bool },
-        Remove { from: u32, len: u32, groups: usize },
-        Write { from: u32, len: u32 },
+        Insert {
+            at: u32,
+            len: u32,
+            unwritten: bool,
+        },
+        Remove {
+            from: u32,
+            len: u32,
+            groups: usize,
+        },
+        Write {
+            from: u32,
+            len: u32,
+        },
+        /// What follows moves to the front, over what the range held.
+        TakeOut {
+            from: u32,
+            len: u32,
+        },
+        /// What follows moves to the end.
+        PutIn {
+            from: u32,
+            len: u32,
+        },
     }
 
     fn ops() -> impl Strategy<Value = Vec<Op>> {
@@ -273,6 +295,8 @@ mod tests {
             1 => (0u32..3000, 1u32..400, 1usize..4)
                 .prop_map(|(from, len, groups)| Op::Remove { from, len, groups }),
             1 => (0u32..3000, 1u32..60).prop_map(|(from, len)| Op::Write { from, len }),
+            1 => (0u32..3000, 1u32..90).prop_map(|(from, len)| Op::TakeOut { from, len }),
+            1 => (0u32..3000, 1u32..90).prop_map(|(from, len)| Op::PutIn { from, len }),
         ];
         prop::collection::vec(op, 1..900)
     }
@@ -315,6 +339,31 @@ mod tests {
                         if end > from {
                             mark_written(&io, from, end).unwrap();
                             model.range_mut(from..end).for_each(|(_, place)| place.1 = false);
+                        }
+                    }
+                    Op::TakeOut { from, len } => {
+                        remove_all(&io, from, from + len, 8).unwrap();
+                        io.freed.borrow_mut().clear();
+                        let mut moved = model.split_off(&from).into_iter();
+                        model.extend(
+                            moved.by_ref().filter(|(b, _)| *b >= from + len).map(|(b, p)| (b - len, p)),
+                        );
+                        let mut next = Some(from + len);
+                        while let Some(at) = next {
+                            next = shift_left_step(&io, at, len).unwrap();
+                            walk(&io);
+                        }
+                    }
+                    Op::PutIn { from, len } => {
+                        split_at(&io, from).unwrap();
+                        let moved = model.split_off(&from);
+                        let last = moved.last_key_value().map_or(0, |(b, _)| u64::from(*b) + 1);
+                        prop_assert!(last == 0 || end_of_last(&io).unwrap() == last);
+                        model.extend(moved.into_iter().map(|(b, p)| (b + len, p)));
+                        let mut rest = Some(MAX_BLOCKS);
+                        while let Some(end) = rest {
+                            rest = shift_right_step(&io, from, end, len).unwrap();
+                            walk(&io);
                         }
                     }
                 }
