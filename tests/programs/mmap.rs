@@ -94,3 +94,23 @@ fn a_mapping_outlives_the_name_and_the_descriptor() {
     drop(mapping);
     mounted.finish();
 }
+
+/// Its only thread served the ioctl and, by telling the kernel what it had done, waited for the
+/// write of a page that it had to serve.
+#[test]
+fn taking_a_range_out_beside_a_dirty_mapping_does_not_wait_for_itself() {
+    require!("python3", "mke2fs", "e2fsck");
+    let mounted = Mounted::with_options(EXT4, 64, "threads=1");
+    let program = "import fcntl,mmap,os,struct,sys\n\
+        f = open(sys.argv[1], 'w+b'); f.write(b'a' * 65536); f.flush(); os.fsync(f.fileno())\n\
+        m = mmap.mmap(f.fileno(), 65536); m[40000:40003] = b'new'\n\
+        fcntl.ioctl(f.fileno(), 0x40105503, struct.pack('QQ', 4096, 4096))\n\
+        assert os.fstat(f.fileno()).st_size == 61440\n";
+    let status = limited(20, "python3")
+        .args(["-c", program])
+        .arg(mounted.path().join("file"))
+        .status()
+        .expect("start python3");
+    assert!(status.success(), "{status}");
+    mounted.finish();
+}
