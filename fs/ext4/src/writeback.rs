@@ -322,9 +322,6 @@ impl Ext4 {
         let Batch { pages, segments, failed, bios, set, .. } = batch;
         failed.resize(segments.len(), None);
         for (index, segment) in segments.iter().enumerate() {
-            // Without a journal a freed block of metadata is free at once.
-            let start = segment.start().0;
-            self.buffers.wait_for_forgotten(start..start + u64::from(segment.len));
             let mut skip = 0;
             while skip < segment.len {
                 let (mut bio, len) = self.data_bio(set, pages, segment, skip);
@@ -394,6 +391,9 @@ impl Ext4 {
         skip: u32,
     ) -> (Bio, u32) {
         let block_size = u64::from(self.block_size());
+        // Without a journal a freed block of metadata is free at once.
+        let place = segment.start().0;
+        self.buffers.wait_for_forgotten(place + u64::from(skip)..place + u64::from(segment.len));
         let sector = self.sector_of(segment.start() + u64::from(skip));
         let mut bio = set.alloc(BioOp::Write, BioFlags::empty(), sector);
         let start = u64::from(segment.logical + skip) * block_size;
