@@ -40,15 +40,26 @@ fn an_entry_of_fstab_is_mounted_remounted_and_unmounted() {
          mount -T fstab -o remount,ro \"$PWD/mnt\"; shown; ! touch mnt/other; \
          mount -o remount,rw \"$PWD/mnt\"; touch mnt/other; \
          ! mount -o remount,commit=8 mnt; shown; \
+         accessed() { stat -c %x mnt/file; }; touch -a -d 2001-01-01 mnt/file; cat mnt/file; \
+         accessed; mount -o remount,relatime mnt; shown; cat mnt/file; accessed; \
          umount mnt; ! shown",
     );
     let lines: Vec<&str> = said.lines().filter(|line| line.contains("fuseblk.uext")).collect();
-    let [first, second, third] = lines[..] else { panic!("{said}") };
-    for (line, state) in [(first, "rw,"), (second, "ro,"), (third, "rw,")] {
-        for option in [state, "nodev", "noatime"] {
+    let [first, second, third, fourth] = lines[..] else { panic!("{said}") };
+    let expected = [
+        (first, "rw,", "noatime"),
+        (second, "ro,", "noatime"),
+        (third, "rw,", "noatime"),
+        (fourth, "rw,", "relatime"),
+    ];
+    for (line, state, atime) in expected {
+        for option in [state, "nodev", atime] {
             assert!(line.contains(option), "{line}");
         }
     }
+    // A read did not change it, and did after the remount.
+    assert_eq!(said.lines().filter(|line| line.starts_with("2001-01-01")).count(), 1, "{said}");
+    assert_eq!(said.lines().filter(|line| line.starts_with("20")).count(), 2, "{said}");
     assert!(said.contains("commit=8: cannot be changed"), "{said}");
     assert_clean(&image);
 }

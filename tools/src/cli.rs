@@ -100,7 +100,7 @@ Options of -o, as for the kernel's ext4 where not said otherwise:
   barrier[=0|1] nobarrier acl noacl user_xattr nouser_xattr sb=BLOCK norecovery
   journal_path=PATH journal_dev=NUMBER
   context=LABEL
-  remount            with ro, rw, nodev, nosuid or noexec: change a live mount (SOURCE is
+  remount            with ro, rw, nodev, nosuid, noexec or *atime: change a live mount (SOURCE is
                      then not looked at)
   force              mount read-write although the filesystem has errors
   cache_size=SIZE  threads=N  engine=ENGINE  log_file=FILE   as the long options

@@ -13,19 +13,26 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use uext_fuse::mount_table::MountEntry;
 use uext_fuse::{control, mount_table};
+use uext_vfs::RemountFlags;
 
 use crate::mount_options::split;
 use crate::state::MountWaiter;
 
 /// Flags that may be given with `remount`, and their bits; `false` clears one. Those that are
 /// not given stay.
-const FLAGS: [(&str, MsFlags, bool); 6] = [
+const FLAGS: [(&str, MsFlags, bool); 12] = [
     ("nodev", MsFlags::MS_NODEV, true),
     ("dev", MsFlags::MS_NODEV, false),
     ("nosuid", MsFlags::MS_NOSUID, true),
     ("suid", MsFlags::MS_NOSUID, false),
     ("noexec", MsFlags::MS_NOEXEC, true),
     ("exec", MsFlags::MS_NOEXEC, false),
+    ("noatime", MsFlags::MS_NOATIME, true),
+    ("relatime", MsFlags::MS_NOATIME, false),
+    ("relatime", MsFlags::MS_RELATIME, true),
+    ("atime", MsFlags::MS_NOATIME, false),
+    ("nodiratime", MsFlags::MS_NODIRATIME, true),
+    ("diratime", MsFlags::MS_NODIRATIME, false),
 ];
 /// What mount(8) repeats from the table of mounts or fstab(5), and what changes nothing.
 const REPEATED: [&str; 9] = [
@@ -45,7 +52,8 @@ const REPEATED_KEYS: [&str; 7] =
 /// What a remount is to change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Remount {
-    read_only: bool,
+    /// `None` when neither was said.
+    read_only: Option<bool>,
     set: MsFlags,
     clear: MsFlags,
     /// Options that cannot be changed: they must be those that the mount has.
@@ -60,16 +68,20 @@ impl Remount {
             return None;
         }
         let none = MsFlags::empty();
-        let mut remount = Self { read_only: false, set: none, clear: none, fixed: Vec::new() };
+        let mut remount = Self { read_only: None, set: none, clear: none, fixed: Vec::new() };
         for option in options() {
-            if let Some((_, flag, on)) = FLAGS.iter().find(|(name, ..)| *name == option) {
+            let mut is_flag = false;
+            for (_, flag, on) in FLAGS.iter().filter(|(name, ..)| *name == option) {
                 remount.set.set(*flag, *on);
                 remount.clear.set(*flag, !*on);
+                is_flag = true;
+            }
+            if is_flag {
                 continue;
             }
             match option {
-                "ro" => remount.read_only = true,
-                "rw" => remount.read_only = false,
+                "ro" => remount.read_only = Some(true),
+                "rw" => remount.read_only = Some(false),
                 _ if REPEATED.contains(&option) => {}
                 _ if option.starts_with("x-") || option.starts_with("X-") => {}
                 _ if REPEATED_KEYS.iter().any(|key| option.starts_with(key)) => {}
@@ -92,9 +104,10 @@ impl Remount {
             return Err(named(&format!("a mount of {}, not of uext", entry.fstype)));
         }
         self.check_fixed(&entry)?;
+        let read_only = self.read_only.unwrap_or(entry.read_only);
         let tell = || {
             let root = File::open(dir).map_err(|error| named(&error.to_string()))?;
-            control::remount(&root, self.read_only).map_err(|error| {
+            control::remount(&root, self.words(read_only)).map_err(|error| {
                 named(&match error.raw_os_error() {
                     Some(libc::EROFS) => {
                         "mounted read-only: unmount it and mount it with rw, after uext fsck if an \
@@ -109,14 +122,14 @@ impl Remount {
             let mut flags = current_flags(dir).map_err(|errno| named(errno.desc()))?;
             flags.remove(self.clear);
             flags |= MsFlags::MS_REMOUNT | self.set;
-            flags.set(MsFlags::MS_RDONLY, self.read_only);
+            flags.set(MsFlags::MS_RDONLY, read_only);
             let none: Option<&str> = None;
             mount(none, dir, none, flags, none).map_err(|errno| match errno {
                 Errno::EBUSY => named("files are open for writing"),
                 errno => named(errno.desc()),
             })
         };
-        if self.read_only {
+        if read_only {
             change()?;
             tell()
         } else {
@@ -125,16 +138,24 @@ impl Remount {
         }
     }
 
+    /// What the filesystem is told.
+    fn words(&self, read_only: bool) -> RemountFlags {
+        let mut flags = RemountFlags::empty();
+        flags.set(RemountFlags::READ_ONLY, read_only);
+        flags.set(RemountFlags::NOATIME, self.set.contains(MsFlags::MS_NOATIME));
+        flags.set(RemountFlags::RELATIME, self.clear.contains(MsFlags::MS_NOATIME));
+        flags.set(RemountFlags::NODIRATIME, self.set.contains(MsFlags::MS_NODIRATIME));
+        flags.set(RemountFlags::DIRATIME, self.clear.contains(MsFlags::MS_NODIRATIME));
+        flags
+    }
+
     /// Whether the mount has what a remount cannot change. mount(8) repeats what is in fstab(5).
     fn check_fixed(&self, entry: &MountEntry) -> Result<(), String> {
         if self.fixed.is_empty() {
             return Ok(());
         }
         let word = MountWaiter::find(entry, entry.user);
-        let mut has = word.and_then(|mut word| word.options().ok()).unwrap_or_default();
-        if !has.iter().any(|option| option.ends_with("atime")) {
-            has.push("relatime".to_owned());
-        }
+        let has = word.and_then(|mut word| word.options().ok()).unwrap_or_default();
         match self.fixed.iter().find(|option| !has.contains(option)) {
             None => Ok(()),
             Some(option) => Err(format!(
@@ -173,10 +194,13 @@ mod tests {
     #[test]
     fn the_last_of_two_options_counts_and_others_are_kept_for_comparison() {
         assert_eq!(parse("ro,nodev"), None);
-        let given =
-            parse("rw,user_id=0,group_id=0,blksize=4096,remount,ro,nodev,nosuid,dev,commit=5");
-        let (set, clear) = (MsFlags::MS_NOSUID, MsFlags::MS_NODEV);
+        let given = parse(
+            "rw,user_id=0,group_id=0,blksize=4096,remount,ro,nodev,nosuid,dev,commit=5,noatime",
+        );
+        let set = MsFlags::MS_NOSUID | MsFlags::MS_NOATIME;
+        let clear = MsFlags::MS_NODEV;
         let fixed = vec!["commit=5".to_owned()];
-        assert_eq!(given, Some(Remount { read_only: true, set, clear, fixed }));
+        assert_eq!(given, Some(Remount { read_only: Some(true), set, clear, fixed }));
+        assert_eq!(parse("remount,nodev").and_then(|remount| remount.read_only), None);
     }
 }

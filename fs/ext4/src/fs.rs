@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::groups::Groups;
 use crate::inode::Inode;
 use crate::inode_cache::InodeCache;
-use crate::options::{DataMode, MountOptions};
+use crate::options::{Atime, DataMode, MountOptions};
 use crate::orphan::OrphanList;
 use crate::quiet::Watch;
 use crate::readdir::Ties;
@@ -65,6 +65,8 @@ pub struct Ext4 {
     /// Nothing is written: asked for at mount, or after an error under `errors=remount-ro`.
     /// WHY-RELAXED: a hint taken before work starts; the journal's abort state is the guard.
     pub(crate) read_only: AtomicBool,
+    /// When reading updates access times.
+    pub(crate) atime: Atime,
     /// Without a journal: who marks the image clean in quiet moments.
     pub(crate) quiet: Mutex<Option<Watch>>,
     /// Whether it was mounted to be written, and so has what writing needs.

@@ -412,8 +412,8 @@ impl Ext4 {
 
     /// Notes a read in the access time, as the mount's policy says.
     pub(crate) fn touch_atime(&self, inode: &Inode) {
-        let never = self.options.atime == AtimePolicy::Never;
-        if self.is_read_only() || never || (inode.is_dir() && self.options.nodiratime) {
+        let policy = self.atime.policy_for(inode.is_dir());
+        if self.is_read_only() || policy == AtimePolicy::Never {
             return;
         }
         let now = self.now();
@@ -422,7 +422,7 @@ impl Ext4 {
             return;
         }
         const DAY_SECS: i64 = 86_400;
-        let due = match self.options.atime {
+        let due = match policy {
             AtimePolicy::Never => false,
             AtimePolicy::Strict => core.atime != now,
             AtimePolicy::Relative => {

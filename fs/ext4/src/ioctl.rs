@@ -13,6 +13,7 @@ use uext_jbd2::JournalError;
 use uext_ondisk::inode::InodeFlags;
 use uext_vfs::{
     Context, Errno, FileKind, IOC_COLLAPSE_RANGE, IOC_FIEMAP, IOC_INSERT_RANGE, IOC_REMOUNT, Ioctl,
+    RemountFlags,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -138,8 +139,8 @@ impl Ext4 {
             }
             IOC_REMOUNT => {
                 root_only(ctx)?;
-                let read_only: u32 = argument(ioctl)?;
-                self.remount(read_only != 0).map(none)
+                let flags = RemountFlags::from_bits(argument(ioctl)?).ok_or(Errno::EINVAL)?;
+                self.remount(flags).map(none)
             }
             IOC_FIEMAP => self.fiemap(inode, ioctl),
             IOC_COLLAPSE_RANGE | IOC_INSERT_RANGE => {

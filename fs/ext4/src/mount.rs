@@ -18,7 +18,7 @@ use uext_ondisk::features::{Compat, Incompat};
 use uext_ondisk::superblock::{State, Superblock};
 use uext_pagecache::{BufferCache, CacheConfig, PageCache};
 use uext_sync::Mutex;
-use uext_vfs::{Errno, Timestamp};
+use uext_vfs::{Errno, RemountFlags, Timestamp};
 
 use crate::error::{Error, Result};
 use crate::errors::earlier_errors;
@@ -29,7 +29,7 @@ use crate::inode_cache::InodeCache;
 use crate::journal_data;
 use crate::journal_inode::journal_map;
 use crate::journal_place::JournalPlace;
-use crate::options::MountOptions;
+use crate::options::{Atime, MountOptions};
 use crate::orphan::OrphanList;
 use crate::quiet::QuietDevice;
 use crate::readdir::Ties;
@@ -134,6 +134,7 @@ impl Ext4 {
         let data_mode = journal_data::data_mode(&options, &sb);
         let super_buf = buffers.bread(sb.super_block().0)?;
         let space = Self::initial_space(&groups);
+        let atime = Atime::new(options.atime, options.nodiratime);
         let batches = crate::batch::Batch::pool(sb.block_size());
         let fs = Arc::new_cyclic(|this| Self {
             this: this.clone(),
@@ -158,6 +159,7 @@ impl Ext4 {
             xattr_share: XattrShare::default(),
             rename: Mutex::new(()),
             read_only: AtomicBool::new(read_only),
+            atime,
             quiet: Mutex::new(None),
             mounted_writable: !read_only,
             shut_down: AtomicBool::new(false),
@@ -229,13 +231,15 @@ impl Ext4 {
         first_error.map_or(Ok(()), Err)
     }
 
-    /// Makes a live mount read-only, with a clean image, or writable again. The front end lets
-    /// nothing through that would write while it is read-only.
+    /// Makes a live mount read-only, with a clean image, or writable again, and sets when access
+    /// times are kept. The front end lets nothing through that would write while it is read-only.
     ///
     /// # Errors
     /// `EROFS` when it cannot be written: it was mounted read-only, or an error made it so.
-    pub(crate) fn remount(&self, read_only: bool) -> Result<()> {
+    pub(crate) fn remount(&self, flags: RemountFlags) -> Result<()> {
         self.check_alive()?;
+        self.atime.change(flags);
+        let read_only = flags.contains(RemountFlags::READ_ONLY);
         if read_only == self.is_read_only() {
             return Ok(());
         }

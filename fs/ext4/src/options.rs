@@ -1,7 +1,10 @@
 //! What a mount was asked for.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::Duration;
+
+use uext_vfs::RemountFlags;
 
 /// What happens when metadata is found damaged or cannot be written (`errors=`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +37,54 @@ pub enum AtimePolicy {
     Relative,
     /// Always.
     Strict,
+}
+
+/// The policy of a live mount, which a remount may change.
+pub(crate) struct Atime {
+    /// As in [`Atime::FILES`]. WHY-RELAXED: a read that sees a change late is as one before it.
+    files: AtomicU8,
+    /// Those of directories are not kept. WHY-RELAXED: as for `files`.
+    nodiratime: AtomicBool,
+}
+
+impl Atime {
+    const FILES: [AtimePolicy; 3] =
+        [AtimePolicy::Never, AtimePolicy::Relative, AtimePolicy::Strict];
+
+    /// What the mount's options say.
+    pub fn new(policy: AtimePolicy, nodiratime: bool) -> Self {
+        let this = Self { files: AtomicU8::new(0), nodiratime: AtomicBool::new(nodiratime) };
+        this.set(policy);
+        this
+    }
+
+    fn set(&self, policy: AtimePolicy) {
+        // The table has three entries.
+        let at = Self::FILES.iter().position(|known| *known == policy).unwrap_or(0) as u8;
+        self.files.store(at, Ordering::Relaxed);
+    }
+
+    /// What a remount says; `strictatime` is for a mount from its beginning only.
+    pub fn change(&self, flags: RemountFlags) {
+        if flags.contains(RemountFlags::NOATIME) {
+            self.set(AtimePolicy::Never);
+        } else if flags.contains(RemountFlags::RELATIME) {
+            self.set(AtimePolicy::Relative);
+        }
+        if flags.intersects(RemountFlags::NODIRATIME | RemountFlags::DIRATIME) {
+            let off = flags.contains(RemountFlags::NODIRATIME);
+            self.nodiratime.store(off, Ordering::Relaxed);
+        }
+    }
+
+    /// What holds for a directory, or for anything else.
+    pub fn policy_for(&self, is_dir: bool) -> AtimePolicy {
+        if is_dir && self.nodiratime.load(Ordering::Relaxed) {
+            return AtimePolicy::Never;
+        }
+        let at = usize::from(self.files.load(Ordering::Relaxed));
+        Self::FILES.get(at).copied().unwrap_or(AtimePolicy::Never)
+    }
 }
 
 /// Options of a mount; the defaults are mount(8)'s.

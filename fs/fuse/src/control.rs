@@ -3,15 +3,15 @@
 use std::fs::File;
 use std::io;
 
-use uext_vfs::IOC_REMOUNT;
+use uext_vfs::{IOC_REMOUNT, RemountFlags};
 
 use crate::sys;
 
-/// Says that the mount is, or will be, read-only or not; `root` is the mount's root
-/// directory. With `read_only` the image is clean when it returns.
+/// Says what the mount is, or will be; `root` is the mount's root directory. With `READ_ONLY`
+/// the image is clean when it returns.
 ///
 /// # Errors
 /// The filesystem's own: it may refuse to be written.
-pub fn remount(root: &File, read_only: bool) -> io::Result<()> {
-    sys::send_word(root, IOC_REMOUNT, u32::from(read_only))
+pub fn remount(root: &File, flags: RemountFlags) -> io::Result<()> {
+    sys::send_word(root, IOC_REMOUNT, flags.bits())
 }

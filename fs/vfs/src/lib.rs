@@ -16,6 +16,7 @@ pub use errno::{Errno, Result};
 pub use ops::{
     Attr, CallerMemory, Capabilities, Context, Entry, FileHandle, FileKind, FileSystem,
     IOC_COLLAPSE_RANGE, IOC_FIEMAP, IOC_INSERT_RANGE, IOC_REMOUNT, Ino, Ioctl, NoCallerMemory,
-    OpenReply, RenameFlags, SetAttr, SetTime, StatFs, Timestamp, WriteFlags, XattrFlags,
+    OpenReply, RemountFlags, RenameFlags, SetAttr, SetTime, StatFs, Timestamp, WriteFlags,
+    XattrFlags,
 };
 pub use reply::{DirEntry, DirSink, ReadReply, ReadSegment};

@@ -245,7 +245,24 @@ pub struct Capabilities {
     pub read_only: bool,
 }
 
-/// The ioctl that says whether the mount is read-only, 1, or writable, 0: `_IOW('U', 1, u32)`.
+bitflags! {
+    /// What [`IOC_REMOUNT`] says. Of access times, what is not named stays.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct RemountFlags: u32 {
+        /// The mount is read-only; without this, writable.
+        const READ_ONLY = 1 << 0;
+        /// Access times are not kept.
+        const NOATIME = 1 << 1;
+        /// Access times are kept when they are older than a change, or than a day.
+        const RELATIME = 1 << 2;
+        /// Access times of directories are not kept.
+        const NODIRATIME = 1 << 3;
+        /// Those of directories are kept as those of files are.
+        const DIRATIME = 1 << 4;
+    }
+}
+
+/// The ioctl of a remount, with [`RemountFlags`]: `_IOW('U', 1, u32)`.
 pub const IOC_REMOUNT: u32 = 0x4004_5501;
 
 /// FS_IOC_FIEMAP, which FUSE does not carry, with the same argument: `_IOWR('U', 2, fiemap)`.
