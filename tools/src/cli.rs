@@ -110,6 +110,7 @@ Options of -o, as for the kernel's ext4 where not said otherwise:
   max_ratio=PERCENT  share of dirty pages the mount may have (100 with writeback_cache)
   transport=devfuse|uring|auto   how requests come (devfuse); uring needs the kernel's
                      enable_uring, which the option enable_uring switches on for all
+  spin=MICROSECONDS  how long a worker looks for the next request before it sleeps (50)
   no_open, open      whether the kernel leaves opens out (no_open)
   splice             reply to large reads by splice (nosplice)
   portable           mount through fusermount3, as for users without root

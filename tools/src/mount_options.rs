@@ -126,6 +126,11 @@ impl MountRequest {
                 let threads = usize::try_from(threads).ok().filter(|n| (1..=256).contains(n));
                 self.fuse.threads = Some(threads.ok_or("1 to 256")?);
             }
+            "spin" => {
+                let micros = number(given()?)?;
+                let micros = Some(micros).filter(|n| *n <= 10_000).ok_or("0 to 10000")?;
+                self.fuse.spin = Duration::from_micros(micros);
+            }
             "read_ahead_kb" => {
                 let kb = u32::try_from(number(given()?)?).map_err(|_| "too large")?;
                 self.fuse.read_ahead_kb = Some(kb);
@@ -402,6 +407,8 @@ mod tests {
         assert_eq!((request.fuse.no_open, request.fuse.max_ratio), (Some(false), Some(50)));
         assert_eq!(parse("rw").unwrap().fuse.transport, Transport::DevFuse);
         assert!(parse("transport=pigeon").is_err());
+        assert_eq!(parse("spin=0").unwrap().fuse.spin, Duration::ZERO);
+        assert!(parse("spin=10001").is_err());
         assert!(parse("max_ratio=101").is_err());
     }
 

@@ -5,9 +5,10 @@
 //! begins on a page and can go to the disk as it lies. A reply to `READ` is
 //! gathered from where the data is.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -21,7 +22,9 @@ use crate::PAGE_SIZE;
 use crate::abi::{self, InHeader, Opcode, OutHeader};
 use crate::dispatch::{Dispatcher, Request};
 use crate::reply::{Answer, ReplyBuf};
+use crate::spin::{Luck, Spin};
 use crate::splice::{self, ReplyPipe};
+use crate::sys;
 
 /// Header and arguments of a `WRITE`: what stands before its data.
 const WRITE_PREFIX: usize = size_of::<InHeader>() + size_of::<abi::WriteIn>();
@@ -97,6 +100,8 @@ pub(crate) struct Served<'a> {
     pub(crate) lazily: bool,
     /// Large replies are spliced.
     pub(crate) splice: bool,
+    /// How to look for the next request before sleeping.
+    pub(crate) spin: &'a Spin,
 }
 
 /// How long what comes lazily may wait.
@@ -113,31 +118,40 @@ impl Served<'_> {
             let pipe = ReplyPipe::new().inspect_err(|error| log::warn!("no pipe: {error}"));
             buffers.pipe = pipe.ok();
         }
+        // What was read from one descriptor is answered there.
+        let wants_quick = self.spin.is_on() && !self.lazily;
+        let quick = if wants_quick { nonblocking_clone(device) } else { None };
+        let mut luck = Luck::default();
         let mut slept = !self.lazily;
+        let mut served = false;
         loop {
-            self.waiting.store(true, Ordering::SeqCst); // PAIRS-WITH: session::Control::kick
-            if self.stop.load(Ordering::SeqCst) {
-                self.waiting.store(false, Ordering::SeqCst); // PAIRS-WITH: session::Control::kick
-                return Ok(());
-            }
-            if self.lazily && !has_request(device, if slept { 0 } else { -1 }) {
-                slept = false;
-                continue;
-            }
-            if !slept {
-                std::thread::sleep(LAZY);
-                slept = true;
-            }
-            let result = nix::unistd::read(device, buffers.request_mut(self.max_write));
-            self.waiting.store(false, Ordering::SeqCst); // PAIRS-WITH: session::Control::kick
+            let looked = quick.as_ref().filter(|_| served).and_then(|quick| {
+                let look = || match nix::unistd::read(quick, buffers.request_mut(self.max_write)) {
+                    Err(Nix::EAGAIN) => None,
+                    result => Some(result),
+                };
+                self.spin.until(&mut luck, look).map(|result| (quick, result))
+            });
+            let (device, result) = match looked {
+                Some(looked) => looked,
+                None => match self.wait_and_read(device, &mut buffers, &mut slept) {
+                    Some(result) => (device, result),
+                    None if self.stop.load(Ordering::SeqCst) => return Ok(()), // PAIRS-WITH: stop
+                    None => continue,
+                },
+            };
             let len = match result {
                 Ok(len) => len,
                 // ENOENT: the request was taken back between the wake-up and the read.
-                Err(Nix::EINTR | Nix::ENOENT | Nix::EAGAIN) => continue,
+                Err(Nix::EINTR | Nix::ENOENT | Nix::EAGAIN) => {
+                    served = false;
+                    continue;
+                }
                 // Unmounted. ECONNABORTED is told of: who aborted the connection lost requests.
                 Err(Nix::ENODEV) => return Ok(()),
                 Err(errno) => return Err(errno.into()),
             };
+            served = true;
             match serve_one(device, self.dispatcher, &mut buffers, len) {
                 Ok(()) => {}
                 // The connection is gone, and with it who asked; so nobody counts lookups.
@@ -148,6 +162,40 @@ impl Served<'_> {
             }
         }
     }
+
+    /// Waits for a request and reads it. Nothing when the worker is to end, or when what comes
+    /// lazily has not come yet.
+    fn wait_and_read(
+        &self,
+        device: &File,
+        buffers: &mut Buffers,
+        slept: &mut bool,
+    ) -> Option<nix::Result<usize>> {
+        self.waiting.store(true, Ordering::SeqCst); // PAIRS-WITH: session::Control::kick
+        if self.stop.load(Ordering::SeqCst) {
+            self.waiting.store(false, Ordering::SeqCst); // PAIRS-WITH: session::Control::kick
+            return None;
+        }
+        if self.lazily && !has_request(device, if *slept { 0 } else { -1 }) {
+            *slept = false;
+            return None;
+        }
+        if !*slept {
+            std::thread::sleep(LAZY);
+            *slept = true;
+        }
+        let result = nix::unistd::read(device, buffers.request_mut(self.max_write));
+        self.waiting.store(false, Ordering::SeqCst); // PAIRS-WITH: session::Control::kick
+        Some(result)
+    }
+}
+
+/// A descriptor of the connection whose reads don't wait, or none where there is no such thing.
+fn nonblocking_clone(device: &File) -> Option<File> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    let new = OpenOptions::new().read(true).write(true).custom_flags(flags).open("/dev/fuse");
+    let clone = new.and_then(|new| sys::clone_connection(&new, device).map(|()| new));
+    clone.inspect_err(|error| log::debug!("requests are not looked for: {error}")).ok()
 }
 
 /// Waits, `timeout` milliseconds or for ever (-1), until a read would not; also true

@@ -21,6 +21,7 @@ pub mod notify;
 pub mod null;
 pub mod reply;
 pub mod session;
+mod spin;
 mod splice;
 mod sys;
 mod uring;

@@ -34,11 +34,15 @@ use crate::devfuse;
 use crate::dispatch::{AfterUnmount, Dispatcher};
 use crate::mount_table;
 use crate::notify::Notifier;
+use crate::spin::Spin;
 use crate::sys::{self, FsContext, MountAttr};
 use crate::uring::{self, Rings};
 
 /// Pages of the largest request: what the kernel allows at most by default.
 const MAX_PAGES: usize = 256;
+
+/// Workers that look for requests at one time.
+const SPINNERS: usize = 2;
 
 /// How requests come from the kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,6 +65,9 @@ pub struct Config {
     pub enable_uring: bool,
     /// Worker threads; `None`: one per CPU, 2 to 8.
     pub threads: Option<usize>,
+    /// How long a worker that has served a request looks for the next before it sleeps; zero:
+    /// not at all (`/dev/fuse` only).
+    pub spin: Duration,
     /// How long the kernel may keep a name.
     pub entry_timeout: Duration,
     /// How long the kernel may keep attributes.
@@ -105,6 +112,7 @@ impl Default for Config {
             transport: Transport::default(),
             enable_uring: false,
             threads: None,
+            spin: Duration::from_micros(50),
             entry_timeout: DAY,
             attr_timeout: DAY,
             negative_timeout: DAY,
@@ -400,7 +408,11 @@ impl Workers {
                 workers.threads.append(&mut live.threads);
                 workers.rings = Some(live);
                 let lazy = device.clone();
-                workers.spawn("fuse-forget", device_worker(lazy, dispatcher, &control, config))?;
+                let never = Arc::new(Spin::new(Duration::ZERO, 0));
+                workers.spawn(
+                    "fuse-forget",
+                    device_worker(lazy, dispatcher, &control, config, &never),
+                )?;
                 return Ok((workers, control));
             }
             Some(Err(error)) => {
@@ -409,9 +421,10 @@ impl Workers {
             }
             None => {}
         }
+        let spin = Arc::new(Spin::new(config.spin, SPINNERS));
         for index in 0..config.worker_count() {
             let device = if index == 0 { device.clone() } else { clone_device(device) };
-            let work = device_worker(device, dispatcher, &control, config);
+            let work = device_worker(device, dispatcher, &control, config, &spin);
             match workers.spawn(&format!("fuse-{index}"), work) {
                 Ok(()) => {}
                 Err(error) if workers.threads.is_empty() => return Err(error),
@@ -456,8 +469,9 @@ fn device_worker(
     dispatcher: &Arc<Dispatcher>,
     control: &Arc<Control>,
     config: &Config,
+    spin: &Arc<Spin>,
 ) -> impl FnOnce() -> io::Result<()> + Send + 'static {
-    let (dispatcher, control) = (dispatcher.clone(), control.clone());
+    let (dispatcher, control, spin) = (dispatcher.clone(), control.clone(), spin.clone());
     let (max_write, splice) = (config.max_write(), config.splice);
     let lazily = dispatcher.uring_agreed();
     move || {
@@ -471,6 +485,7 @@ fn device_worker(
             max_write,
             lazily,
             splice,
+            spin: &spin,
         };
         let result = served.serve(&device);
         control.leave();
