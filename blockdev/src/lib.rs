@@ -21,6 +21,7 @@ pub mod limits;
 pub mod memory;
 pub mod mempool;
 pub mod mutants;
+pub mod nbd;
 pub mod plug;
 pub mod split;
 pub mod status;
