@@ -17,7 +17,7 @@ use super::ledger::Ledger;
 use super::message::{self, Hello, Message};
 use super::worker::Worker;
 
-/// Messages of a client; what is more is only counted.
+/// Findings that a client tells; what is more is only counted.
 const MESSAGES: usize = 200;
 /// A thread's stack, bytes.
 const STACK: usize = 512 << 10;
@@ -33,7 +33,17 @@ pub fn main() -> i32 {
     }
 }
 
+/// A thread that panics ends the process: the others would wait for it for ever.
+fn end_on_panic() {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        hook(info);
+        std::process::abort();
+    }));
+}
+
 fn run() -> Result<(), String> {
+    end_on_panic();
     // Without its coordinator it is of no use, and nobody would stop it.
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
         .map_err(|error| error.to_string())?;
@@ -52,8 +62,10 @@ fn run() -> Result<(), String> {
     // WHY-RELAXED: only the count matters.
     let sent = AtomicUsize::new(0);
     let report = |message: &Message| {
+        // That a thread has ended is always told, once each: the run ends by it.
+        let must = matches!(message, Message::Failed(_));
         // WHY-RELAXED: as above.
-        if sent.fetch_add(1, Ordering::Relaxed) < MESSAGES {
+        if must || sent.fetch_add(1, Ordering::Relaxed) < MESSAGES {
             // A coordinator that is gone takes this process with it.
             let _ = message::send(socket.as_fd(), message, &[]);
         }
@@ -87,6 +99,7 @@ fn work(context: Context<'_>, number: usize, ready: &std::sync::Barrier, wake: &
         Err(failure) => {
             context.control.count_error(failure.errno);
             (context.report)(&Message::Failed(failure));
+            context.control.barrier().leave();
         }
     }
     // The last of all wakes the coordinator, which need not ask every client.

@@ -29,6 +29,8 @@ use super::stats::Totals;
 
 /// How long clients may take to end when they are told to.
 const GRACE: Duration = Duration::from_secs(60);
+/// How long those may take that were killed: who is not gone then hangs in the kernel.
+const LAST_GRACE: Duration = Duration::from_secs(10);
 /// Findings and failures that are kept in full.
 const KEPT: usize = 1000;
 
@@ -53,6 +55,8 @@ pub struct Run {
     pub failures: Vec<Failure>,
     /// Clients that did not end by themselves, and how.
     pub killed: Vec<(usize, String)>,
+    /// Clients, of these, that a kill did not end: what they wait for in the kernel hangs.
+    pub stuck: usize,
     /// Mutexes taken over from the dead.
     pub recovered: u64,
     /// Ended by a signal.
@@ -123,6 +127,7 @@ pub fn run(
         errors: Vec::new(),
         failures: Vec::new(),
         killed: Vec::new(),
+        stuck: 0,
         recovered: 0,
         interrupted: false,
         own_cpu: Duration::ZERO,
@@ -149,7 +154,7 @@ pub fn run(
     };
     let result = coordinator.spawn_all(table, &control_fd).and_then(|()| coordinator.events());
     if let Err(problem) = result {
-        coordinator.kill_all();
+        coordinator.kill_processes();
         return Err(problem);
     }
     coordinator.progress.finish_and_clear();
@@ -226,16 +231,14 @@ impl Coordinator<'_> {
 
     fn event(&mut self, event: Event) -> io::Result<()> {
         match event {
-            Event::Interrupted if self.run.interrupted => self.kill_all(),
+            Event::Interrupted if self.run.interrupted => self.kill_all()?,
             Event::Interrupted => {
                 self.run.interrupted = true;
                 self.stop()?;
             }
             Event::Tick => self.tick(),
-            Event::Deadline if self.state == State::Stopping => {
-                self.kills = true;
-                self.kill_all();
-            }
+            Event::Deadline if self.kills => self.give_up()?,
+            Event::Deadline if self.state == State::Stopping => self.kill_all()?,
             Event::Deadline => self.stop()?,
             // The last worker has ended: this is when the run was over.
             Event::Wake => self.ended = self.ended.or(Some(Instant::now())),
@@ -266,6 +269,10 @@ impl Coordinator<'_> {
             }
             Message::Done => self.clients[number].done = true,
             Message::Failed(failure) => {
+                if self.run.failures.is_empty() {
+                    let text = format!("uext drive: {failure}: the run ends");
+                    self.progress.suspend(|| eprintln!("{text}"));
+                }
                 if self.run.failures.len() < KEPT {
                     self.run.failures.push(failure);
                 }
@@ -330,13 +337,38 @@ impl Coordinator<'_> {
         }
         self.control.recover();
         let how = if self.kills { "did not end, and was killed".into() } else { how(status) };
-        self.progress.suspend(|| eprintln!("uext drive: client {number} {how}"));
-        self.run.killed.push((number, how));
+        self.lost(number, how);
         // The others go on; but who has not begun can't be waited for.
         self.start_when_ready()
     }
 
-    fn kill_all(&mut self) {
+    fn lost(&mut self, number: usize, how: String) {
+        self.progress.suspend(|| eprintln!("uext drive: client {number} {how}"));
+        self.run.killed.push((number, how));
+    }
+
+    /// Ends those who do not end by themselves.
+    fn kill_all(&mut self) -> io::Result<()> {
+        self.kills = true;
+        self.kill_processes();
+        self.reactor.deadline_in(LAST_GRACE)
+    }
+
+    /// Goes on without those who were killed and are still there.
+    fn give_up(&mut self) -> io::Result<()> {
+        for number in 0..self.clients.len() {
+            // One whose end was not heard of has ended all the same.
+            self.exit(number)?;
+            if !self.clients[number].ended {
+                self.clients[number].ended = true;
+                self.run.stuck += 1;
+                self.lost(number, "hangs in the kernel, and can't be killed".into());
+            }
+        }
+        Ok(())
+    }
+
+    fn kill_processes(&mut self) {
         for client in self.clients.iter_mut().filter(|client| !client.ended) {
             // It may have ended by itself.
             let _ = client.process.kill();

@@ -19,7 +19,7 @@ use uext_drive_sys::{Aio, Direction, FileMap, Piece, Ring};
 use super::stats::{Op, Shard};
 use super::workload::Way;
 
-/// What a pipe holds, and what is sent through a socket at once, bytes.
+/// What is sent through a pipe or a socket at once, at most, bytes.
 const CHUNK: usize = 64 << 10;
 /// After so long, AIO requests are cancelled.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -37,6 +37,8 @@ pub struct Ways {
 
 #[derive(Debug)]
 struct Pipes {
+    /// What both hold, bytes: less than usual for a user who has many.
+    room: usize,
     out: OwnedFd,
     into: OwnedFd,
     twin_out: OwnedFd,
@@ -238,7 +240,9 @@ impl Ways {
         if self.pipes.is_none() {
             let (out, into) = rustix::pipe::pipe()?;
             let (twin_out, twin_into) = rustix::pipe::pipe()?;
-            self.pipes = Some(Pipes { out, into, twin_out, twin_into });
+            let room = [&into, &twin_into].map(rustix::pipe::fcntl_getpipe_size);
+            let room = room[0]?.min(room[1]?).min(CHUNK);
+            self.pipes = Some(Pipes { room, out, into, twin_out, twin_into });
         }
         self.pipes.as_ref().ok_or_else(|| io::ErrorKind::Other.into())
     }
@@ -247,8 +251,8 @@ impl Ways {
     fn splice_in(&mut self, file: impl AsFd, offset: u64, memory: &[u8]) -> io::Result<()> {
         let pipes = self.pipes()?;
         let mut at = offset;
-        let mut twin = vec![0; CHUNK.min(memory.len())];
-        for chunk in memory.chunks(CHUNK) {
+        let mut twin = vec![0; pipes.room.min(memory.len())];
+        for chunk in memory.chunks(pipes.room) {
             whole(chunk.len(), |done| rustix::io::write(&pipes.into, &chunk[done..]))?;
             let copied =
                 rustix::pipe::tee(&pipes.out, &pipes.twin_into, chunk.len(), SpliceFlags::empty())?;
@@ -267,7 +271,7 @@ impl Ways {
     fn splice_out(&mut self, file: impl AsFd, offset: u64, memory: &mut [u8]) -> io::Result<()> {
         let pipes = self.pipes()?;
         let mut at = offset;
-        for chunk in memory.chunks_mut(CHUNK) {
+        for chunk in memory.chunks_mut(pipes.room) {
             let len = chunk.len();
             let mut done = 0;
             while done < len {
