@@ -1,5 +1,8 @@
-//! How a run can end: Ctrl-C, clients that are killed, a full disk. (The mount that
-//! vanishes is in `kills`.)
+//! How a run can end: Ctrl-C, clients that are killed or stopped, a full disk, one that
+//! fails. (The mount that vanishes is in `kills`, the server in `nbd`.)
+//!
+//! The story behind the limit in [`Run::end`]: a run on a full tmpfs once did not end for
+//! minutes. Whatever happens to whom, an end may take what [`LONG`] says.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -12,29 +15,37 @@ use uext_tests::mounts::{KernelMount, UextMount};
 use uext_tests::require;
 use uext_tests::scratch::Scratch;
 
+use crate::kills::Daemon;
 use crate::{EXT4, drive, read, run};
 
+/// Longest end of a run: clients have a minute.
+const LONG: Duration = Duration::from_secs(100);
+
 /// A run in the background.
-struct Run {
+pub(crate) struct Run {
     command: Command,
     child: Option<Child>,
 }
 
 impl Run {
-    fn start(target: &Path, words: &str) -> Self {
+    pub(crate) fn start(target: &Path, words: &str) -> Self {
         let mut command = drive(target, words);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = Some(command.spawn().expect("it runs"));
         Self { command, child }
     }
 
-    fn pid(&self) -> Pid {
+    fn pid_of(&self, child: &Child) -> Pid {
         // A process number.
-        Pid::from_raw(self.child.as_ref().expect("running").id() as i32)
+        Pid::from_raw(child.id() as i32)
+    }
+
+    fn pid(&self) -> Pid {
+        self.pid_of(self.child.as_ref().expect("running"))
     }
 
     /// Its clients, when there are so many.
-    fn clients(&self, count: usize) -> Vec<Pid> {
+    pub(crate) fn clients(&self, count: usize) -> Vec<Pid> {
         let start = Instant::now();
         loop {
             let pid = self.pid();
@@ -49,8 +60,22 @@ impl Run {
         }
     }
 
-    fn end(mut self) -> (i32, Value, String) {
-        let output = self.child.take().expect("running").wait_with_output().expect("it ends");
+    /// Waits for its end: the exit status, the figures, and what it said.
+    pub(crate) fn end(mut self) -> (i32, Value, String) {
+        let child = self.child.take().expect("running");
+        // Who waits for the output would not see that it hangs.
+        let pid = self.pid_of(&child);
+        let (tell, told) = std::sync::mpsc::channel::<()>();
+        let watch = std::thread::spawn(move || {
+            if told.recv_timeout(LONG) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                let _ = kill(pid, Signal::SIGKILL);
+                return false;
+            }
+            true
+        });
+        let output = child.wait_with_output().expect("it ends");
+        let _ = tell.send(());
+        assert!(watch.join().expect("watched"), "{:?} hung", self.command);
         let (code, figures) = read(&output, &self.command);
         (code, figures, String::from_utf8_lossy(&output.stderr).into_owned())
     }
@@ -116,19 +141,34 @@ fn killed_clients_are_reported_and_the_others_go_on() {
     }
 }
 
-fn full_disk(dir: &Path) {
-    let run = Run::start(dir, "--profile mail --clients 3 --time 60s");
+/// Takes all that is left, and whatever becomes free, until the run has ended.
+fn fill_until_it_ends(dir: &Path, run: &mut Run) {
+    use std::io::Write as _;
+    let mut filler = std::fs::File::create(dir.join("filler")).expect("made");
+    let start = Instant::now();
+    while run.child.as_mut().expect("running").try_wait().expect("looked").is_none() {
+        while filler.write_all(&[7; 64 << 10]).is_ok() {}
+        while filler.write_all(&[7; 512]).is_ok() {}
+        std::thread::sleep(Duration::from_millis(2));
+        // `end` says that it hangs.
+        if start.elapsed() > LONG {
+            return;
+        }
+    }
+}
+
+fn full_disk(dir: &Path, profile: &str) {
+    let mut run = Run::start(dir, &format!("--profile {profile} --clients 3 --time 60s"));
     run.clients(3);
     pause();
-    // All that is left.
-    let mut filler = std::fs::File::create(dir.join("filler")).expect("made");
-    while std::io::Write::write_all(&mut filler, &[7; 64 << 10]).is_ok() {}
-    let (code, figures, _) = run.end();
+    fill_until_it_ends(dir, &mut run);
+    let (code, figures, errors) = run.end();
     assert_eq!(code, 2, "{figures:#}");
     assert_eq!(figures["status"], "failed");
     assert!(figures["errors"]["ENOSPC"].as_u64() > Some(0), "{figures:#}");
     let text = figures["failures"][0]["text"].as_str().expect("why");
-    assert!(text.contains("No space left"), "{text}");
+    assert!(text.contains("No space left") && errors.contains("the run ends"), "{text}\n{errors}");
+    std::fs::remove_file(dir.join("filler")).expect("removed");
 }
 
 #[test]
@@ -140,14 +180,91 @@ fn a_full_disk_ends_it_with_a_message() {
         let dir = scratch.mount_point(&format!("{name}-mnt"));
         if kernel {
             let mount = KernelMount::new(&image, &dir, "");
-            full_disk(&dir);
+            full_disk(&dir, "mail");
             mount.unmount();
         } else {
             let mount = UextMount::new(&image, &dir, "");
-            full_disk(&dir);
+            full_disk(&dir, "mail");
             mount.unmount();
         }
     }
+}
+
+/// A tmpfs, unmounted when dropped.
+struct Tmpfs(std::path::PathBuf);
+
+impl Tmpfs {
+    fn new(dir: std::path::PathBuf, options: &str) -> Self {
+        let flags = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some("uext-drive"), &dir, Some("tmpfs"), flags, Some(options))
+            .expect("a tmpfs");
+        Self(dir)
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+/// Every profile that asks for space, by every way: of mappings too.
+#[test]
+fn a_full_tmpfs_ends_every_profile_that_asks_for_space() {
+    require!();
+    let scratch = Scratch::new();
+    let tmpfs = Tmpfs::new(scratch.mount_point("tmpfs"), "size=24m");
+    for profile in ["metadata", "mail", "build", "mixed"] {
+        full_disk(&tmpfs.0, profile);
+    }
+}
+
+/// The disk below the filesystem fails: an image on a tmpfs that is full. uext gives its
+/// journal up, the kernel's ext4 too; what the clients see is an error of some kind.
+#[test]
+fn a_disk_that_fails_ends_it_with_a_message() {
+    require!("mke2fs");
+    for kernel in [false, true] {
+        let scratch = Scratch::new();
+        let store = Tmpfs::new(scratch.mount_point("store"), "size=40m");
+        let sparse = scratch.mkfs("image", EXT4, 256 << 20, &[]);
+        let image = store.0.join("image");
+        uext_tests::run(Command::new("cp").arg("--sparse=always").arg(&sparse).arg(&image));
+        let dir = scratch.mount_point("mnt");
+        let daemon = (!kernel).then(|| Daemon::start(&image, &dir));
+        let mount = kernel.then(|| KernelMount::new(&image, &dir, ""));
+        // It wants more than the tmpfs has.
+        let run = Run::start(&dir, "--profile mail --clients 60 --time 120s");
+        let (code, figures, errors) = run.end();
+        assert_eq!(code, 2, "{figures:#}");
+        assert_eq!(figures["status"], "failed");
+        let names = figures["errors"].as_object().expect("errors");
+        let expected = ["EIO", "EROFS", "ENOSPC"];
+        assert!(names.keys().any(|name| expected.contains(&name.as_str())), "{names:?}");
+        assert!(errors.contains("the run ends"), "{errors}");
+        drop((mount, daemon));
+    }
+}
+
+/// A client that can't go on (here: stopped) is killed in the end, and does not keep the
+/// run from ending.
+#[test]
+fn a_client_that_hangs_is_killed() {
+    let scratch = Scratch::new();
+    let dir = scratch.mount_point("dir");
+    let run = Run::start(&dir, "--profile mail --clients 3 --time 2s");
+    let clients = run.clients(3);
+    pause();
+    kill(clients[1], Signal::SIGSTOP).expect("stopped");
+    pause();
+    // Twice: at once.
+    kill(run.pid(), Signal::SIGINT).expect("sent");
+    pause();
+    kill(run.pid(), Signal::SIGINT).expect("sent");
+    let (code, figures, errors) = run.end();
+    assert_eq!(code, 2, "{figures:#}");
+    assert_eq!(figures["status"], "clients lost");
+    assert!(errors.contains("was killed"), "{errors}");
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::{EXT4, drive, read, setting, verify};
 const LONG: Duration = Duration::from_secs(60);
 
 /// A daemon in the foreground; killed when dropped, and its mount taken away.
-struct Daemon<'a> {
+pub(crate) struct Daemon<'a> {
     child: Child,
     dir: &'a Path,
 }
@@ -29,7 +29,7 @@ fn is_mounted(dir: &Path) -> bool {
 }
 
 impl<'a> Daemon<'a> {
-    fn start(image: &Path, dir: &'a Path) -> Self {
+    pub(crate) fn start(image: &Path, dir: &'a Path) -> Self {
         let mut command = Command::new(uext());
         command.args(["mount", "-f"]).arg(image).arg(dir);
         command.arg("--log-file").arg(image.with_extension("daemon.log"));

@@ -6,6 +6,7 @@
 
 mod ends;
 mod kills;
+mod nbd;
 mod planted;
 
 use std::path::{Path, PathBuf};
@@ -19,8 +20,12 @@ use uext_tests::uext;
 
 const EXT4: Kind = Kind { fs: "ext4", block_size: 4096 };
 
-/// All profiles.
-const PROFILES: [&str; 6] = ["metadata", "mail", "database", "build", "stream", "mixed"];
+/// All profiles, or those of `UEXT_DRIVE_PROFILES`.
+fn profiles() -> Vec<String> {
+    let all = "metadata mail database build stream mixed".to_owned();
+    let names = std::env::var("UEXT_DRIVE_PROFILES").unwrap_or(all);
+    names.split_whitespace().map(str::to_owned).collect()
+}
 
 /// A number from the environment.
 fn setting(name: &str, otherwise: usize) -> usize {
@@ -94,7 +99,7 @@ fn every_profile_is_good_on_uext_and_after_a_remount() {
     require!("mke2fs", "e2fsck");
     let scratch = Scratch::new();
     let (image, dir) = all_profiles(&scratch);
-    for profile in PROFILES {
+    for profile in &profiles() {
         let log = scratch.path().join("log");
         let mount = UextMount::new(&image, &dir, "");
         profile_on(&dir, profile, &log);
@@ -112,7 +117,7 @@ fn every_profile_is_good_on_the_kernels_ext4() {
     let scratch = Scratch::new();
     let (image, dir) = all_profiles(&scratch);
     let mount = KernelMount::new(&image, &dir, "");
-    for profile in PROFILES {
+    for profile in &profiles() {
         let log = scratch.path().join("log");
         profile_on(&dir, profile, &log);
         assert_eq!(verify(&dir, &log), (0, Vec::new()), "{profile}");
@@ -152,7 +157,7 @@ fn a_rate_is_kept_and_threads_start_one_after_the_other() {
 }
 
 #[test]
-fn a_file_is_driven_like_a_device_and_one_that_holds_something_is_left_alone() {
+fn a_file_is_driven_like_a_device_again_and_again() {
     let scratch = Scratch::new();
     let file = scratch.sparse("disk", 64 << 20);
     let log = scratch.path().join("log");
@@ -162,11 +167,42 @@ fn a_file_is_driven_like_a_device_and_one_that_holds_something_is_left_alone() {
         assert_eq!(code, 0, "{profile}: {figures:#}");
         assert_eq!(verify(&file, &log), (0, Vec::new()));
     }
-    std::fs::write(&file, vec![1; 64 << 20]).expect("written");
-    let (code, _) = run(&mut drive(&file, "--profile database --time 100ms"));
-    assert_eq!(code, 1);
-    let (code, _) = run(&mut drive(&file, "--profile mail --time 100ms --destroy"));
+    let (code, _) = run(&mut drive(&file, "--profile mail --time 100ms"));
     assert_eq!(code, 1, "mail needs names");
-    let (code, _) = run(&mut drive(&file, "--profile database --time 100ms --destroy"));
-    assert_eq!(code, 0);
+}
+
+/// What a run did not make is left alone, to the last byte, until it is told otherwise.
+#[test]
+fn what_holds_something_is_left_alone() {
+    require!("mke2fs", "e2fsck");
+    let scratch = Scratch::new();
+    let image = scratch.mkfs("image", EXT4, 64 << 20, &[]);
+    let noise = scratch.path().join("noise");
+    std::fs::write(&noise, vec![1; 64 << 20]).expect("written");
+    let words = "--profile database --time 100ms";
+    for target in [&image, &noise] {
+        let before = std::fs::read(target).expect("read");
+        let output = drive(target, words).output().expect("it runs");
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{errors}");
+        assert!(errors.contains("say --destroy") && errors.lines().count() == 1, "{errors}");
+        assert!(std::fs::read(target).expect("read") == before, "it was written");
+    }
+    // What somebody has mounted stays whatever is said.
+    let dir = scratch.mount_point("mnt");
+    let mount = UextMount::new(&image, &dir, "");
+    let (code, _) = run(&mut drive(&image, &format!("{words} --destroy")));
+    assert_eq!(code, 1);
+    mount.unmount();
+    assert_clean(&image);
+    // And a directory that only has the name.
+    let theirs = scratch.mount_point("dir/uext-drive/photos");
+    let parent = scratch.path().join("dir");
+    assert_eq!(run(&mut drive(&parent, words)).0, 1);
+    assert!(theirs.exists(), "it was removed");
+    for target in [&image, &noise] {
+        let (code, _) = run(&mut drive(target, &format!("{words} --destroy")));
+        assert_eq!(code, 0);
+        assert_eq!(run(&mut drive(target, words)).0, 0, "what a run has made is a run's");
+    }
 }

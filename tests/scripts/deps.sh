@@ -22,6 +22,8 @@ need sqlite3 sqlite3
 need bzip2 bzip2
 need git git
 need strace strace
+need qemu-nbd qemu-utils
+need nbdkit nbdkit
 
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then

@@ -168,6 +168,63 @@ impl BlockId {
     }
 }
 
+/// Whether a block that should be of a version is.
+pub fn is_right(found: &Found, expected: u32) -> bool {
+    match found {
+        Found::Version(version) => *version == expected,
+        Found::Zeroes => expected == 0,
+        Found::Foreign(..) | Found::Damaged => false,
+    }
+}
+
+/// What is wrong with a block, in two words and in full.
+pub fn describe(
+    at: usize,
+    expected: u32,
+    found: &Found,
+    sectors: &[Option<u32>],
+) -> (&'static str, String) {
+    match found {
+        Found::Version(version) if *version < expected => {
+            ("lost write", format!("block {at} is version {version}, and was {expected}"))
+        }
+        Found::Version(version) => (
+            "unknown write",
+            format!("block {at} is version {version}, which is later than {expected}"),
+        ),
+        Found::Zeroes => ("lost write", format!("block {at} is zero, and was version {expected}")),
+        Found::Foreign(id, version) => (
+            "foreign block",
+            format!(
+                "block {at} should be version {expected}, and is version {version} of file \
+                 {:x}.{:x} at {} of run {:x}",
+                id.file >> 32,
+                id.file & 0xffff_ffff,
+                id.offset,
+                id.run
+            ),
+        ),
+        Found::Damaged => {
+            let sectors: Vec<String> = sectors
+                .iter()
+                .map(|version| version.map_or("unknown".into(), |version| version.to_string()))
+                .collect();
+            let text = format!(
+                "block {at} should be version {expected}; its sectors are of {}",
+                sectors.join(", ")
+            );
+            ("torn block", text)
+        }
+    }
+}
+
+/// How long the block is that memory begins with, when its header makes sense.
+pub fn block_len(memory: &[u8]) -> Option<usize> {
+    let header = Header::read(memory)?;
+    let len = header.len as usize;
+    (len >= MIN_BLOCK && header.version > 0).then_some(len)
+}
+
 struct Header {
     id: BlockId,
     crc: u32,

@@ -17,13 +17,15 @@ use std::time::Instant;
 
 use rustix::fs::{AtFlags, Mode, OFlags};
 use uext_blockdev::aligned::AlignedBuf;
+use uext_blockdev::nbd::Connection;
 use uext_drive_sys::{Direction, Piece};
 
-use super::block::{BlockId, Found};
+use super::block::{BlockId, describe, is_right};
 use super::control::{Control, Number, pieces};
 use super::ledger::Ledger;
 use super::message::{Failure, Finding, Message};
 use super::plan::{DIRECTORY, Plan, STAGING, Target, dir_name, file_id, file_name};
+use super::raw;
 use super::stats::{Op, Shard};
 use super::ways::{Ways, is_durable, open_flags};
 use super::workload::{Sync, Way};
@@ -48,6 +50,33 @@ pub struct Context<'a> {
     pub client: usize,
 }
 
+/// Where a thread's files lie.
+enum Home {
+    /// In a client's directories, of the run's.
+    Tree { root: OwnedFd, dirs: Vec<OwnedFd> },
+    /// At their places of a file or device, which each opens.
+    Device,
+    /// At their places of an export, by the thread's own connection.
+    Export(Box<Connection>),
+}
+
+/// An open file, or its place in an export.
+pub enum Handle {
+    /// A file or device.
+    File(OwnedFd),
+    /// Needs nothing: the connection is the thread's.
+    Export,
+}
+
+impl Handle {
+    fn fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::File(file) => file.as_fd(),
+            Self::Export => unreachable!("no step that needs a file comes to an export"),
+        }
+    }
+}
+
 /// A thread's files.
 pub struct Files<'a> {
     /// Shared by the client's threads.
@@ -56,11 +85,10 @@ pub struct Files<'a> {
     pub worker: usize,
     /// Where it counts.
     pub shard: Shard<'a>,
-    root: OwnedFd,
-    dirs: Vec<OwnedFd>,
+    home: Home,
     ways: Ways,
     buffer: AlignedBuf,
-    kept: HashMap<usize, OwnedFd>,
+    kept: HashMap<usize, Handle>,
     /// Written and not yet synced: slot, block, version.
     dirty: Vec<(usize, usize, u32)>,
     /// States not yet synced, and the directories they changed.
@@ -80,29 +108,23 @@ impl<'a> Files<'a> {
         // Checked: at most 64 MiB, and 1024 pieces.
         let len = (plan.workload.io as usize * plan.workload.depth).max(plan.block());
         let shard = Shard::new(context.control.counts(), worker);
-        let (root, dirs) = match &plan.target {
+        let home = match &plan.target {
             Target::Directory(path) => open_dirs(plan, path, context.client)?,
-            Target::Device(path, _) => {
-                let flags = OFlags::RDWR | OFlags::CLOEXEC;
-                let device = rustix::fs::open(path, flags, Mode::empty());
-                (failed(device, "open", || path.display().to_string())?, Vec::new())
-            }
-            Target::Nbd(address, _) => {
-                let text = "not built in yet".to_owned();
-                let (path, what) = (address.clone(), "connect".to_owned());
-                return Err(Failure { errno: libc::ENOSYS, what, path, text });
-            }
+            Target::Device(..) => Home::Device,
+            Target::Nbd(address, _) => Home::Export(Box::new(connect(address)?)),
         };
         let mut ways = Ways::new(plan.workload.depth);
         let copies = |way: &Way| matches!(way, Way::Copy | Way::Sendfile);
-        if plan.is_directory() && plan.workload.ways.iter().any(copies) {
+        if let Home::Tree { dirs, .. } = &home
+            && plan.workload.ways.iter().any(copies)
+        {
             let name = format!("{STAGING}.{worker}");
             let made = ways.make_staging(&dirs[0], &name);
             failed_io(made, "create", || name)?;
         }
         let (kept, dirty, names) = (HashMap::new(), Vec::new(), Vec::new());
         let buffer = AlignedBuf::new(len);
-        Ok(Self { context, worker, shard, root, dirs, ways, buffer, kept, dirty, names })
+        Ok(Self { context, worker, shard, home, ways, buffer, kept, dirty, names })
     }
 
     fn plan(&self) -> &'a Plan {
@@ -135,10 +157,17 @@ impl<'a> Files<'a> {
         let (owner, dir) = (self.plan().client_of(slot), self.plan().dir_of(slot, state));
         let name = file_name(slot, state);
         if owner == self.context.client {
-            (self.dirs[dir].as_fd(), name)
+            (self.dir(dir), name)
         } else {
-            (self.root.as_fd(), format!("{}/{name}", dir_name(owner, dir)))
+            let Home::Tree { root, .. } = &self.home else { unreachable!("names are in a tree") };
+            (root.as_fd(), format!("{}/{name}", dir_name(owner, dir)))
         }
+    }
+
+    /// A directory of the client's, by number.
+    fn dir(&self, number: usize) -> BorrowedFd<'_> {
+        let Home::Tree { dirs, .. } = &self.home else { unreachable!("names are in a tree") };
+        dirs[number].as_fd()
     }
 
     /// A state's path, for people.
@@ -180,11 +209,15 @@ impl<'a> Files<'a> {
     ///
     /// # Errors
     /// The filesystem's; that it is not there is a finding too.
-    pub fn open(&self, slot: usize) -> Outcome<OwnedFd> {
-        if let Target::Device(path, _) = &self.plan().target {
-            let flags = self.open_flags(self.way(slot));
-            let device = rustix::fs::open(path, flags, Mode::empty());
-            return failed(device, "open", || path.display().to_string());
+    pub fn open(&self, slot: usize) -> Outcome<Handle> {
+        match &self.plan().target {
+            Target::Directory(_) => {}
+            Target::Device(path, _) => {
+                let flags = self.open_flags(self.way(slot));
+                let device = rustix::fs::open(path, flags, Mode::empty());
+                return failed(device, "open", || path.display().to_string()).map(Handle::File);
+            }
+            Target::Nbd(..) => return Ok(Handle::Export),
         }
         let state = self.now(slot);
         let (dir, name) = self.place(slot, state);
@@ -194,14 +227,14 @@ impl<'a> Files<'a> {
         if let Err(Failure { errno: libc::ENOENT, .. }) = &opened {
             self.find(slot, "lost file", "it was made, and is not there".into());
         }
-        opened
+        opened.map(Handle::File)
     }
 
     /// As [`Files::open`], but kept open for next time.
     ///
     /// # Errors
     /// As there.
-    pub fn keep_open(&mut self, slot: usize) -> Outcome<OwnedFd> {
+    pub fn keep_open(&mut self, slot: usize) -> Outcome<Handle> {
         let file = match self.kept.remove(&slot) {
             Some(file) => file,
             None => self.open(slot)?,
@@ -213,7 +246,7 @@ impl<'a> Files<'a> {
     }
 
     /// Gives an open file back.
-    pub fn keep(&mut self, slot: usize, file: OwnedFd) {
+    pub fn keep(&mut self, slot: usize, file: Handle) {
         self.kept.insert(slot, file);
     }
 
@@ -239,7 +272,8 @@ impl<'a> Files<'a> {
             let (dir, name) = self.place(slot, state);
             self.call(Op::Create, (slot, state), || {
                 rustix::fs::openat(dir, &name, flags, Mode::from_raw_mode(0o644))
-            })?
+            })
+            .map(Handle::File)?
         };
         entry.confirm();
         entry.set_length(0);
@@ -252,7 +286,7 @@ impl<'a> Files<'a> {
     ///
     /// # Errors
     /// The filesystem's.
-    pub fn write_all(&mut self, slot: usize, file: &OwnedFd, blocks: Range<usize>) -> Outcome {
+    pub fn write_all(&mut self, slot: usize, file: &Handle, blocks: Range<usize>) -> Outcome {
         for range in self.in_pieces(blocks) {
             self.transfer(Direction::Write, slot, file, &[range])?;
         }
@@ -263,7 +297,7 @@ impl<'a> Files<'a> {
     ///
     /// # Errors
     /// The filesystem's.
-    pub fn read_all(&mut self, slot: usize, file: &OwnedFd, blocks: Range<usize>) -> Outcome {
+    pub fn read_all(&mut self, slot: usize, file: &Handle, blocks: Range<usize>) -> Outcome {
         for range in self.in_pieces(blocks) {
             self.transfer(Direction::Read, slot, file, &[range])?;
         }
@@ -293,7 +327,7 @@ impl<'a> Files<'a> {
         &mut self,
         direction: Direction,
         slot: usize,
-        file: &OwnedFd,
+        file: &Handle,
         ranges: &[Range<usize>],
     ) -> Outcome {
         let (plan, ledger, control) = (self.plan(), self.ledger(), self.context.control);
@@ -316,10 +350,15 @@ impl<'a> Files<'a> {
             list.push(Piece { offset: base + (range.start * block) as u64, memory: piece });
         }
         let way = plan.workload.ways[slot % plan.workload.ways.len()];
-        let result = self.ways.transfer(way, direction, file, &mut list, self.shard);
+        let durable = is_durable(way) || plan.workload.sync == Sync::Dsync;
+        let result = match &mut self.home {
+            Home::Export(connection) => {
+                raw::transfer(connection, direction, durable, &mut list, self.shard)
+            }
+            _ => self.ways.transfer(way, direction, file.fd(), &mut list, self.shard),
+        };
         match (direction, result) {
             (Direction::Write, Ok(())) => {
-                let durable = is_durable(way) || plan.workload.sync == Sync::Dsync;
                 let mut end = 0;
                 for at in ranges.iter().cloned().flatten() {
                     let known = ledger.block(slot, at);
@@ -381,19 +420,26 @@ impl<'a> Files<'a> {
     ///
     /// # Errors
     /// The filesystem's.
-    pub fn sync(&mut self, slot: usize, file: &OwnedFd) -> Outcome {
+    pub fn sync(&mut self, slot: usize, file: &Handle) -> Outcome {
         let entry = self.ledger().slot(slot);
         let state = entry.done();
-        match self.plan().workload.sync {
+        let sync = self.plan().workload.sync;
+        let op = match sync {
             Sync::None | Sync::Dsync => return Ok(()),
-            Sync::Fsync => {
-                self.call(Op::Fsync, (slot, state), || rustix::fs::fsync(file))?;
-                entry.promise(state);
-                self.names.retain(|(other, ..)| *other != slot);
-            }
-            Sync::Fdatasync => {
-                self.call(Op::Fdatasync, (slot, state), || rustix::fs::fdatasync(file))?;
-            }
+            Sync::Fsync => Op::Fsync,
+            Sync::Fdatasync => Op::Fdatasync,
+        };
+        let start = Instant::now();
+        let result = match (&mut self.home, sync) {
+            (Home::Export(connection), _) => connection.flush(),
+            (_, Sync::Fsync) => rustix::fs::fsync(file.fd()).map_err(Into::into),
+            _ => rustix::fs::fdatasync(file.fd()).map_err(Into::into),
+        };
+        self.shard.count(op, start.elapsed(), 0);
+        failed_io(result, op.name(), || self.path(slot, state))?;
+        if sync == Sync::Fsync {
+            entry.promise(state);
+            self.names.retain(|(other, ..)| *other != slot);
         }
         let ledger = self.ledger();
         self.dirty.retain(|&(other, block, version)| {
@@ -464,7 +510,7 @@ impl<'a> Files<'a> {
         let file = self.open(slot)?;
         let bytes = (blocks * self.plan().block()) as u64;
         let state = entry.done();
-        self.call(Op::Truncate, (slot, state), || rustix::fs::ftruncate(&file, bytes))?;
+        self.call(Op::Truncate, (slot, state), || rustix::fs::ftruncate(file.fd(), bytes))?;
         self.stat(slot)
     }
 
@@ -478,7 +524,7 @@ impl<'a> Files<'a> {
         dirs.dedup();
         for dir in dirs {
             let start = Instant::now();
-            let result = rustix::fs::fsync(&self.dirs[dir]);
+            let result = rustix::fs::fsync(self.dir(dir));
             self.shard.count(Op::Dirsync, start.elapsed(), 0);
             failed(result, "fsync", || dir_name(self.context.client, dir))?;
         }
@@ -561,7 +607,7 @@ impl<'a> Files<'a> {
     /// The filesystem's.
     pub fn make_dir(&mut self, slot: usize) -> Outcome {
         let state = self.now(slot);
-        let dir = self.dirs[self.plan().dir_of(slot, state)].as_fd();
+        let dir = self.dir(self.plan().dir_of(slot, state));
         let name = format!("m{slot:x}.{}", self.worker);
         let mode = Mode::from_raw_mode(0o755);
         self.call(Op::Mkdir, (slot, state), || rustix::fs::mkdirat(dir, &name, mode))?;
@@ -576,7 +622,7 @@ impl<'a> Files<'a> {
     pub fn list(&mut self, slot: usize) -> Outcome {
         let state = self.now(slot);
         let number = self.plan().dir_of(slot, state);
-        let dir = self.dirs[number].as_fd();
+        let dir = self.dir(number);
         let start = Instant::now();
         let names = list_names(dir);
         self.shard.count(Op::List, start.elapsed(), 0);
@@ -642,14 +688,14 @@ impl<'a> Files<'a> {
         let value = random.to_le_bytes();
         let start = Instant::now();
         let flags = rustix::fs::XattrFlags::empty();
-        let set = rustix::fs::fsetxattr(&file, name, &value, flags);
+        let set = rustix::fs::fsetxattr(file.fd(), name, &value, flags);
         if set == Err(rustix::io::Errno::OPNOTSUPP) {
             return Ok(());
         }
         self.shard.count(Op::Xattr, start.elapsed(), 0);
         failed(set, "setxattr", || self.path(slot, state))?;
         let mut read = [0; 16];
-        let len = rustix::fs::fgetxattr(&file, name, &mut read[..]);
+        let len = rustix::fs::fgetxattr(file.fd(), name, &mut read[..]);
         let len = failed(len, "getxattr", || self.path(slot, state))?;
         if read[..len] != value {
             self.find(slot, "wrong attributes", format!("{:?} for {value:?}", &read[..len]));
@@ -658,11 +704,7 @@ impl<'a> Files<'a> {
     }
 }
 
-fn open_dirs(
-    plan: &Plan,
-    target: &std::path::Path,
-    client: usize,
-) -> Outcome<(OwnedFd, Vec<OwnedFd>)> {
+fn open_dirs(plan: &Plan, target: &std::path::Path, client: usize) -> Outcome<Home> {
     let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
     let path = target.join(DIRECTORY);
     let root = rustix::fs::open(&path, flags, Mode::empty());
@@ -680,7 +722,14 @@ fn open_dirs(
         let opened = rustix::fs::openat(&root, &name, flags, Mode::empty());
         dirs.push(failed(opened, "open", || path.join(&name).display().to_string())?);
     }
-    Ok((root, dirs))
+    Ok(Home::Tree { root, dirs })
+}
+
+fn connect(address: &str) -> Outcome<Connection> {
+    raw::connect(address).map_err(|text| {
+        let (path, what) = (address.to_owned(), "connect".to_owned());
+        Failure { errno: libc::ECONNREFUSED, what, path, text }
+    })
 }
 
 fn list_names(dir: BorrowedFd<'_>) -> rustix::io::Result<Vec<String>> {
@@ -700,56 +749,6 @@ pub fn path(plan: &Plan, slot: usize, state: u64) -> String {
         }
         Target::Device(path, _) => format!("{} slot {slot}", path.display()),
         Target::Nbd(address, _) => format!("{address} slot {slot}"),
-    }
-}
-
-/// Whether a block that should be of a version is.
-pub fn is_right(found: &Found, expected: u32) -> bool {
-    match found {
-        Found::Version(version) => *version == expected,
-        Found::Zeroes => expected == 0,
-        Found::Foreign(..) | Found::Damaged => false,
-    }
-}
-
-/// What is wrong with a block, in two words and in full.
-pub fn describe(
-    at: usize,
-    expected: u32,
-    found: &Found,
-    sectors: &[Option<u32>],
-) -> (&'static str, String) {
-    match found {
-        Found::Version(version) if *version < expected => {
-            ("lost write", format!("block {at} is version {version}, and was {expected}"))
-        }
-        Found::Version(version) => (
-            "unknown write",
-            format!("block {at} is version {version}, which is later than {expected}"),
-        ),
-        Found::Zeroes => ("lost write", format!("block {at} is zero, and was version {expected}")),
-        Found::Foreign(id, version) => (
-            "foreign block",
-            format!(
-                "block {at} should be version {expected}, and is version {version} of file \
-                 {:x}.{:x} at {} of run {:x}",
-                id.file >> 32,
-                id.file & 0xffff_ffff,
-                id.offset,
-                id.run
-            ),
-        ),
-        Found::Damaged => {
-            let sectors: Vec<String> = sectors
-                .iter()
-                .map(|version| version.map_or("unknown".into(), |version| version.to_string()))
-                .collect();
-            let text = format!(
-                "block {at} should be version {expected}; its sectors are of {}",
-                sectors.join(", ")
-            );
-            ("torn block", text)
-        }
     }
 }
 

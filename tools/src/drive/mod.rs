@@ -6,6 +6,7 @@
 //! - [`control`]: shared memory where they meet, on the futexes of `uext-drive-sys`;
 //! - [`ledger`]: the table of what was written and what was made safe, or `--log`'s file;
 //! - [`block`]: what is written; [`verify`]: whether it is there;
+//! - [`raw`]: files, devices and NBD exports;
 //! - [`workload`], [`plan`]: what is done; [`stats`], [`report`], [`html`]: what came of it.
 //!
 //! Locks, outermost first: the mutexes of one transfer's pieces in the order of their
@@ -20,6 +21,7 @@ pub mod html;
 pub mod ledger;
 pub mod message;
 pub mod plan;
+pub mod raw;
 pub mod reactor;
 pub mod report;
 pub mod stats;
@@ -28,11 +30,12 @@ pub mod ways;
 pub mod worker;
 pub mod workload;
 
-use std::os::unix::fs::{FileExt as _, FileTypeExt as _};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::{Args, Subcommand};
+use uext_blockdev::nbd::address::is_address;
 
 use ledger::Ledger;
 use plan::{DIRECTORY, Plan, Target};
@@ -59,7 +62,8 @@ const DEFAULT_TIME: Duration = Duration::from_secs(10);
 pub struct DriveArgs {
     #[command(subcommand)]
     command: Option<DriveCommand>,
-    /// A mounted directory, a file, a block device, or nbd://HOST[:PORT][/EXPORT]
+    /// A mounted directory, a file, a block device, or nbd://HOST[:PORT][/EXPORT],
+    /// nbd+unix:///[EXPORT]?socket=PATH
     #[arg(required_unless_present_any = ["client", "show"])]
     target: Option<PathBuf>,
     /// What is done: metadata, mail, database, build, stream or mixed
@@ -196,8 +200,15 @@ fn drive(args: &DriveArgs) -> Result<i32, String> {
         Some(path) => Workload::read(path)?,
         None => Workload::profile(&args.profile)?,
     };
-    let target = find_target(target)?;
-    if !matches!(target, Target::Directory(_)) {
+    let target = match target.to_str().filter(|text| is_address(text)) {
+        Some(address) => {
+            let (target, export) = raw::find_export(address)?;
+            workload = workload.for_export(&export)?;
+            target
+        }
+        None => find_target(target)?,
+    };
+    if matches!(target, Target::Device(..)) {
         workload = workload.for_device()?;
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -222,7 +233,8 @@ fn drive(args: &DriveArgs) -> Result<i32, String> {
         ));
     }
     fit(&mut plan)?;
-    prepare_target(&plan, args.destroy)?;
+    let _claim = raw::claim(&plan.target, args.destroy)?;
+    prepare_target(&plan)?;
     let (ledger, table) = Ledger::create(&plan, args.log.as_deref())?;
     let time = args.time.or(if args.ops.is_some() { None } else { Some(DEFAULT_TIME) });
     let run = coordinator::run(&plan, &table, time, args.quiet)?;
@@ -230,7 +242,7 @@ fn drive(args: &DriveArgs) -> Result<i32, String> {
         Target::Directory(path) | Target::Device(path, _) => path.clone(),
         Target::Nbd(address, _) => PathBuf::from(address),
     };
-    let broken = !run.failures.is_empty();
+    let broken = !run.failures.is_empty() || run.stuck > 0;
     let verdict =
         (args.verify_after && !broken).then(|| verify::verify(&plan, &ledger, &path, When::Now));
     let report = Report { plan: &plan, run: &run, verdict: verdict.as_ref() };
@@ -244,17 +256,14 @@ fn drive(args: &DriveArgs) -> Result<i32, String> {
     if args.json.as_deref() != Some(Path::new("-")) {
         report.print();
     }
-    // What is wrong stays to be looked at.
-    if args.log.is_none() && code != EXIT_WRONG {
+    // What is wrong stays to be looked at; what hangs would take this along.
+    if args.log.is_none() && code != EXIT_WRONG && run.stuck == 0 {
         clean_up(&plan);
     }
     Ok(code)
 }
 
 fn find_target(path: &Path) -> Result<Target, String> {
-    if let Some(address) = path.to_str().filter(|path| path.starts_with("nbd://")) {
-        return Err(format!("{address}: NBD is not supported yet: attach it with nbd-client"));
-    }
     let fail = |error: std::io::Error| format!("{}: {error}", path.display());
     let metadata = std::fs::metadata(path).map_err(fail)?;
     let path = std::fs::canonicalize(path).map_err(fail)?;
@@ -295,42 +304,27 @@ fn fit(plan: &mut Plan) -> Result<(), String> {
     }
 }
 
-fn prepare_target(plan: &Plan, destroy: bool) -> Result<(), String> {
-    match &plan.target {
-        Target::Directory(path) => {
-            let path = path.join(DIRECTORY);
-            let fail = |error: std::io::Error| format!("{}: {error}", path.display());
-            if path.exists() {
-                std::fs::remove_dir_all(&path).map_err(fail)?;
-            }
-            std::fs::create_dir(&path).map_err(fail)?;
-            // An earlier run's files must not come back by a crash.
-            let parent = path.parent().unwrap_or(&path);
-            let target = std::fs::File::open(parent).map_err(fail)?;
-            target.sync_all().map_err(fail)?;
-            rustix::fs::syncfs(&target).map_err(|error| fail(error.into()))
-        }
-        Target::Device(path, bytes) => {
-            if !destroy && holds_something(path, *bytes)? {
-                let text = "holds something that would be overwritten: say --destroy";
-                return Err(format!("{}: {text}", path.display()));
-            }
-            Ok(())
-        }
-        Target::Nbd(..) => Ok(()),
-    }
-}
-
-/// Whether a device's beginning is anything but zeroes and blocks of an earlier run.
-fn holds_something(path: &Path, bytes: u64) -> Result<bool, String> {
+/// Makes the directory of the files anew; other targets are ready as they are.
+fn prepare_target(plan: &Plan) -> Result<(), String> {
+    let Target::Directory(path) = &plan.target else { return Ok(()) };
+    let path = path.join(DIRECTORY);
     let fail = |error: std::io::Error| format!("{}: {error}", path.display());
-    let file = std::fs::File::open(path).map_err(fail)?;
-    // At most a megabyte.
-    let mut start = vec![0; bytes.min(1 << 20) as usize];
-    file.read_exact_at(&mut start, 0).map_err(fail)?;
-    let ours = |chunk: &[u8]| chunk.starts_with(b"UXDB") || chunk.iter().all(|&byte| byte == 0);
-    // A block of a run may be longer than a page: the first ones tell.
-    Ok(!(start.iter().all(|&byte| byte == 0) || start.chunks(4096).take(1).all(ours)))
+    if path.exists() {
+        for entry in std::fs::read_dir(&path).map_err(fail)? {
+            let name = entry.map_err(fail)?.file_name();
+            if !name.to_str().is_some_and(plan::is_client_dir) {
+                let name = name.display();
+                return Err(format!("{}: has {name}, which no run made", path.display()));
+            }
+        }
+        std::fs::remove_dir_all(&path).map_err(fail)?;
+    }
+    std::fs::create_dir(&path).map_err(fail)?;
+    // An earlier run's files must not come back by a crash.
+    let parent = path.parent().unwrap_or(&path);
+    let target = std::fs::File::open(parent).map_err(fail)?;
+    target.sync_all().map_err(fail)?;
+    rustix::fs::syncfs(&target).map_err(|error| fail(error.into()))
 }
 
 fn clean_up(plan: &Plan) {

@@ -140,6 +140,12 @@ pub fn dir_name(client: usize, dir: usize) -> String {
     format!("c{client:04}/d{dir:03}")
 }
 
+/// Whether a name in the run's directory is that of a client's directory.
+pub fn is_client_dir(name: &str) -> bool {
+    name.strip_prefix('c')
+        .is_some_and(|digits| digits.len() >= 4 && digits.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
 /// A file's name: its slot and the number of its state.
 pub fn file_name(slot: usize, state: u64) -> String {
     format!("f{slot:x}.{state:x}")

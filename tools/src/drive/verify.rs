@@ -22,14 +22,13 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::block::{BlockId, Found};
-use super::files::describe;
+use super::block::{BlockId, Found, describe};
 use super::ledger::Ledger;
 use super::message::Finding;
 use super::plan::{DIRECTORY, Plan, Target, dir_name, file_id, file_name, parse_file_name};
+use super::raw::Raw;
 
 /// Findings that are kept in full.
 const KEPT: usize = 1000;
@@ -80,8 +79,7 @@ pub fn verify(plan: &Plan, ledger: &Ledger, target: &Path, when: When) -> Result
     let mut check = Check { plan, ledger, when, verdict: Verdict::default(), buffer: Vec::new() };
     match &plan.target {
         Target::Directory(_) => check.directory(&target.join(DIRECTORY))?,
-        Target::Device(..) => check.device(target)?,
-        Target::Nbd(..) => return Err("an NBD export is verified as it is driven".into()),
+        Target::Device(..) | Target::Nbd(..) => check.device(target)?,
     }
     Ok(check.verdict)
 }
@@ -196,12 +194,11 @@ impl Check<'_> {
             self.verdict.find("unknown write", path, text);
         }
         let id = file_id(slot, entry.birth());
-        self.blocks(slot, id, path, &file, 0, size.min(longest * block))
+        self.blocks(slot, id, path, &mut Raw::File(file), 0, size.min(longest * block))
     }
 
     fn device(&mut self, path: &Path) -> Result<(), String> {
-        let fail = |error: io::Error| format!("{}: {error}", path.display());
-        let file = File::open(path).map_err(fail)?;
+        let mut raw = Raw::open(&self.plan.target, path)?;
         for slot in 0..self.ledger.slots() {
             let entry = self.ledger.slot(slot);
             if entry.birth() == 0 {
@@ -210,7 +207,7 @@ impl Check<'_> {
             let size = entry.longest() as u64 * self.plan.workload.block;
             let id = file_id(slot, entry.birth());
             self.verdict.files += 1;
-            self.blocks(slot, id, path, &file, self.plan.device_offset(slot), size)?;
+            self.blocks(slot, id, path, &mut raw, self.plan.device_offset(slot), size)?;
         }
         Ok(())
     }
@@ -221,7 +218,7 @@ impl Check<'_> {
         slot: usize,
         file_id: u64,
         path: &Path,
-        file: &File,
+        raw: &mut Raw,
         base: u64,
         size: u64,
     ) -> Result<(), String> {
@@ -234,7 +231,7 @@ impl Check<'_> {
             let (start, end) = ((from * block) as u64, ((to * block) as u64).min(size));
             // At most a megabyte, or a block.
             buffer.resize(end.saturating_sub(start) as usize, 0);
-            file.read_exact_at(&mut buffer, base + start)
+            raw.read_exact_at(&mut buffer, base + start)
                 .map_err(|error| format!("{}: {error}", path.display()))?;
             for at in from..to {
                 let offset = (at * block) as u64;

@@ -2,13 +2,12 @@
 //!
 //! Locks: none of its own; see `files`.
 
-use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use uext_drive_sys::Direction;
 
 use super::control::{Number, share};
-use super::files::{Context, Files, Outcome};
+use super::files::{Context, Files, Handle, Outcome};
 use super::message::Message;
 use super::workload::{Phase, Step, Sync};
 
@@ -259,7 +258,7 @@ impl<'a> Worker<'a> {
     }
 
     /// Goes through a file piece by piece, for as long as the run lasts.
-    fn through(&mut self, direction: Direction, slot: usize, file: &OwnedFd) -> Outcome {
+    fn through(&mut self, direction: Direction, slot: usize, file: &Handle) -> Outcome {
         let (blocks, per) = (self.files.length(slot), self.files.per_piece());
         for from in (0..blocks).step_by(per) {
             let piece = from..(from + per).min(blocks);

@@ -9,7 +9,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use uext_blockdev::nbd::Export;
+use uext_blockdev::nbd::protocol::{CAN_MULTI_CONN, SEND_FLUSH, SEND_FUA};
+
 use super::block::MIN_BLOCK;
+use super::raw::works_on_exports;
 use crate::mount_options;
 
 /// The profiles, by name.
@@ -373,6 +377,35 @@ impl Workload {
         self.io = self.io.next_multiple_of(self.block);
         self.file_size = [self.file_size[1].max(self.block); 2];
         self.full = 100;
+        Ok(self)
+    }
+
+    /// As [`Workload::for_device`], and what an NBD export can do.
+    ///
+    /// # Errors
+    /// Nothing is left.
+    pub fn for_export(mut self, export: &Export) -> Result<Self, String> {
+        self.ways.retain(|&way| works_on_exports(way) && (way == Way::Rw || export.has(SEND_FUA)));
+        if self.ways.is_empty() {
+            self.ways = rw();
+        }
+        self = self.for_device()?;
+        let least = u64::from(export.least);
+        self.block = self.block.next_multiple_of(least);
+        self.io = self.io.next_multiple_of(self.block);
+        self.file_size = self.file_size.map(|size| size.max(self.block));
+        if !export.has(SEND_FLUSH) {
+            eprintln!("uext drive: the server has no flush: nothing it writes is promised");
+            self.sync = Sync::None;
+        } else if self.sync == Sync::Dsync && !export.has(SEND_FUA) {
+            self.sync = Sync::Fdatasync;
+        }
+        if self.share > 1 && !export.has(CAN_MULTI_CONN) {
+            eprintln!(
+                "uext drive: the server's connections may each see other data: no files are shared"
+            );
+            self.share = 1;
+        }
         Ok(self)
     }
 
