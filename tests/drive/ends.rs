@@ -141,6 +141,22 @@ fn killed_clients_are_reported_and_the_others_go_on() {
     }
 }
 
+/// What a client had begun to write when it was killed is nobody's mistake. (A file that was
+/// just being made longer once was "wrong size" and "unknown write".)
+#[test]
+fn clients_killed_in_the_middle_of_a_write_leave_nothing_wrong() {
+    let scratch = Scratch::new();
+    let dir = scratch.mount_point("dir");
+    for kill_after in [1, 15, 40, 90, 160, 250] {
+        let run = Run::start(&dir, "--profile stream --clients 2 --time 600ms --verify-after");
+        let clients = run.clients(2);
+        std::thread::sleep(Duration::from_millis(kill_after));
+        kill(clients[0], Signal::SIGKILL).expect("killed");
+        let (code, figures, _) = run.end();
+        assert_eq!(code, 2, "after {kill_after} ms: {figures:#}");
+    }
+}
+
 /// Takes all that is left, and whatever becomes free, until the run has ended.
 fn fill_until_it_ends(dir: &Path, run: &mut Run) {
     use std::io::Write as _;

@@ -1,7 +1,7 @@
 //! What a thread does to its files, with what the table must say before and after.
 //!
 //! Invariants, all of them about the order of a system call and the table:
-//! - before a write: `begin`; after it: `confirm`;
+//! - before a write: `reach` and `begin`; after it: `confirm`, and `set_length`;
 //! - before a name changes: `begin`; after: `confirm`;
 //! - before anything that may take a block away (delete, truncate): `forget`;
 //! - after a sync has returned, and only then: `promise` what was confirmed before it.
@@ -343,6 +343,7 @@ impl<'a> Files<'a> {
             let (piece, rest) = memory.split_at_mut(range.len() * block);
             memory = rest;
             if direction == Direction::Write {
+                entry.reach(range.end);
                 for (at, block) in range.clone().zip(piece.chunks_exact_mut(block)) {
                     id(at).stamp(ledger.block(slot, at).begin(), block);
                 }

@@ -199,9 +199,14 @@ impl SlotEntry<'_> {
         self.get(6) as usize
     }
 
+    /// A write is about to begin that may make the file so long, blocks.
+    pub fn reach(&self, blocks: usize) {
+        self.set(6, self.get(6).max(blocks as u64));
+    }
+
     /// The file of now has another length, blocks.
     pub fn set_length(&self, blocks: usize) {
-        self.set(6, self.get(6).max(blocks as u64));
+        self.reach(blocks);
         self.set(5, blocks as u64);
     }
 
