@@ -449,3 +449,195 @@ fn refusal(number: u32, name: &str, text: &[u8]) -> String {
         text => format!("{why}: {text}"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::path::PathBuf;
+
+    use super::*;
+
+    /// A server with a script, at a socket of its own, for one connection.
+    struct Scripted {
+        _dir: tempfile::TempDir,
+        address: Address,
+        thread: std::thread::JoinHandle<()>,
+    }
+
+    impl Scripted {
+        fn new(script: impl FnOnce(UnixStream) + Send + 'static) -> Self {
+            let dir = tempfile::tempdir().expect("a directory");
+            let path: PathBuf = dir.path().join("socket");
+            let listener = UnixListener::bind(&path).expect("a socket");
+            let thread = std::thread::spawn(move || script(listener.accept().expect("it").0));
+            let address = Address { server: Server::Unix(path), export: "disk".into() };
+            Self { _dir: dir, address, thread }
+        }
+
+        fn open(&self) -> Result<Connection, ConnectError> {
+            Connection::open(&self.address, Duration::from_millis(500))
+        }
+    }
+
+    fn take(stream: &mut UnixStream, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        stream.read_exact(&mut bytes).expect("sent");
+        bytes
+    }
+
+    fn greet(stream: &mut UnixStream) {
+        let flags = protocol::FIXED_NEWSTYLE | protocol::NO_ZEROES;
+        let greeting = [
+            &protocol::MAGIC.to_be_bytes()[..],
+            &protocol::OPTION_MAGIC.to_be_bytes(),
+            &flags.to_be_bytes(),
+        ];
+        stream.write_all(&greeting.concat()).expect("greeted");
+        assert_eq!(take(stream, 4), [0, 0, 0, 3]);
+        // The option, its length, and the length and name of the export in it.
+        assert_eq!(take(stream, 16)[8..12], protocol::OPTION_GO.to_be_bytes());
+        assert_eq!(take(stream, 12)[..8], *b"\0\0\0\x04disk");
+    }
+
+    fn answer(stream: &mut UnixStream, kind: u32, data: &[u8]) {
+        let bytes = [
+            &protocol::OPTION_REPLY_MAGIC.to_be_bytes()[..],
+            &protocol::OPTION_GO.to_be_bytes(),
+            &kind.to_be_bytes(),
+            &u32::try_from(data.len()).expect("short").to_be_bytes(),
+            data,
+        ];
+        stream.write_all(&bytes.concat()).expect("answered");
+    }
+
+    /// An export of 1 MiB whose requests are at most 4 KiB.
+    fn begin(stream: &mut UnixStream) {
+        greet(stream);
+        let size = [&[0, 0][..], &(1u64 << 20).to_be_bytes(), &[1, 0x0d]].concat();
+        answer(stream, protocol::REPLY_INFO, &size);
+        let blocks: Vec<u8> = [512u32, 4096, 4096].iter().flat_map(|n| n.to_be_bytes()).collect();
+        answer(stream, protocol::REPLY_INFO, &[&[0, 3][..], &blocks].concat());
+        answer(stream, protocol::REPLY_ACK, &[]);
+    }
+
+    fn reply(stream: &mut UnixStream, error: u32, cookie: u64, data: &[u8]) {
+        let magic = protocol::REPLY_MAGIC.to_be_bytes();
+        let bytes = [&magic[..], &error.to_be_bytes(), &cookie.to_be_bytes(), data].concat();
+        stream.write_all(&bytes).expect("replied");
+    }
+
+    fn cookie(request: &[u8]) -> u64 {
+        u64::from_be_bytes(request[8..16].try_into().expect("eight"))
+    }
+
+    #[test]
+    fn long_pieces_are_several_requests_whose_replies_come_in_any_order() {
+        let server = Scripted::new(|mut stream| {
+            begin(&mut stream);
+            let requests: Vec<_> = (0..3).map(|_| take(&mut stream, 28)).collect();
+            for (n, request) in requests.iter().enumerate().rev() {
+                let len = if n == 1 { 2048 } else { 4096 };
+                assert_eq!(request[24..], u32::to_be_bytes(len));
+                reply(&mut stream, 0, cookie(request), &vec![n as u8 + 1; len as usize]);
+            }
+            assert_eq!(take(&mut stream, 28)[6..8], protocol::DISCONNECT.to_be_bytes());
+        });
+        let mut connection = server.open().expect("connected");
+        let export = *connection.export();
+        assert_eq!((export.size, export.least, export.most), (1 << 20, 512, 4096));
+        assert!(export.has(protocol::SEND_FLUSH | protocol::SEND_FUA | protocol::CAN_MULTI_CONN));
+        let (mut one, mut two) = ([0; 6144], [0; 4096]);
+        let mut seen = Vec::new();
+        connection.read(&mut [(0, &mut one), (8192, &mut two)], |n| seen.push(n)).expect("read");
+        assert!(one[..4096] == [1; 4096] && one[4096..] == [2; 2048] && two == [3; 4096]);
+        assert_eq!(seen, [1, 0, 0]);
+        drop(connection);
+        server.thread.join().expect("as the script says");
+    }
+
+    #[test]
+    fn an_error_is_one_requests_and_the_next_goes_on() {
+        let server = Scripted::new(|mut stream| {
+            begin(&mut stream);
+            let one = take(&mut stream, 28 + 512);
+            let two = take(&mut stream, 28 + 512);
+            assert_eq!(one[4..6], protocol::FUA.to_be_bytes());
+            reply(&mut stream, 0, cookie(&two), &[]);
+            reply(&mut stream, 28, cookie(&one), &[]);
+            let flush = take(&mut stream, 28);
+            assert_eq!(flush[6..8], protocol::FLUSH.to_be_bytes());
+            reply(&mut stream, 0, cookie(&flush), &[]);
+            take(&mut stream, 28);
+        });
+        let mut connection = server.open().expect("connected");
+        let data = [7; 512];
+        let error = connection.write(&[(0, &data), (512, &data)], true, |n| assert_eq!(n, 1));
+        assert_eq!(error.expect_err("full").raw_os_error(), Some(libc::ENOSPC));
+        connection.flush().expect("flushed");
+        drop(connection);
+        server.thread.join().expect("as the script says");
+    }
+
+    #[test]
+    fn a_server_that_lies_or_goes_is_not_asked_again() {
+        for lie in [true, false] {
+            let server = Scripted::new(move |mut stream| {
+                begin(&mut stream);
+                let request = take(&mut stream, 28);
+                if lie {
+                    reply(&mut stream, 0, cookie(&request) + 1, &[]);
+                }
+            });
+            let mut connection = server.open().expect("connected");
+            let kind =
+                if lie { io::ErrorKind::InvalidData } else { io::ErrorKind::ConnectionReset };
+            assert_eq!(connection.flush().expect_err("no reply").kind(), kind);
+            let again = connection.flush().expect_err("broken");
+            assert_eq!(again.kind(), io::ErrorKind::ConnectionReset);
+            server.thread.join().expect("as the script says");
+        }
+    }
+
+    #[test]
+    fn a_refusal_says_why() {
+        let server = Scripted::new(|mut stream| {
+            greet(&mut stream);
+            answer(&mut stream, protocol::REPLY_UNKNOWN, b"look elsewhere");
+        });
+        let error = server.open().expect_err("refused").to_string();
+        assert_eq!(error, "no export \"disk\": look elsewhere");
+        let silent = Scripted::new(|stream| {
+            std::thread::sleep(Duration::from_secs(2));
+            drop(stream);
+        });
+        assert!(matches!(silent.open(), Err(ConnectError::Silent)));
+        let other = Scripted::new(|mut stream| {
+            stream.write_all(b"SSH-2.0-OpenSSH_9.2p1 and more\r\n").expect("greeted");
+        });
+        assert!(matches!(other.open(), Err(ConnectError::Protocol(_))));
+        let hostile = Scripted::new(|mut stream| {
+            greet(&mut stream);
+            answer(&mut stream, protocol::REPLY_INFO, &[0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+            std::thread::sleep(Duration::from_millis(100));
+        });
+        assert!(matches!(hostile.open(), Err(ConnectError::Protocol(_))));
+    }
+
+    #[test]
+    fn a_server_without_go_begins_all_the_same() {
+        let server = Scripted::new(|mut stream| {
+            greet(&mut stream);
+            answer(&mut stream, protocol::REPLY_UNSUPPORTED, &[]);
+            let option = take(&mut stream, 20);
+            assert_eq!(option[8..12], protocol::OPTION_EXPORT_NAME.to_be_bytes());
+            assert_eq!(option[16..], *b"disk");
+            stream.write_all(&(1u64 << 20).to_be_bytes()).expect("a size");
+            stream.write_all(&[0, 5]).expect("flags");
+            take(&mut stream, 28);
+        });
+        let connection = server.open().expect("connected");
+        assert_eq!(connection.export().size, 1 << 20);
+        drop(connection);
+        server.thread.join().expect("as the script says");
+    }
+}
