@@ -7,7 +7,7 @@ DEMO_DIR ?= /var/tmp/uext-demo
 
 UEXT := $(or $(CARGO_TARGET_DIR),target)/release/uext
 
-.PHONY: help all deps check test models faults drive demo install uninstall fuzz bench bench-micro test-uring identity lint-deps test-full fsx posix pjdfstest stress-ng xfstests crash crash-long mutants clean
+.PHONY: help all deps check test models faults drive drive-fio demo install uninstall fuzz bench bench-micro test-uring identity lint-deps test-full fsx posix pjdfstest stress-ng xfstests crash crash-long mutants clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,9 @@ drive: deps all ## uext drive: 1,000 clients of each profile, 50 daemons killed,
 	UEXT_DRIVE_CLIENTS=1000 UEXT_KILLS=50 UEXT_BIN=$(abspath $(UEXT)) \
 		$(CARGO) test --release --locked -p uext-tests --test drive -- --nocapture --test-threads 1
 	UEXT_HANDOVERS=10000000 $(CARGO) test --release --locked -p uext-drive-sys --test processes -- --nocapture
+
+drive-fio: all ## uext drive against fio: the same work on the same uext mount, in turns (root)
+	@tests/scripts/drive-fio.sh $(UEXT) $(DRIVE_FIO_ARGS)
 
 # The crash tests of `make test` with more states; the profile is as fast as a release.
 CRASH = $(CARGO) test --profile crash --locked -p uext-tests --test crash
