@@ -220,32 +220,58 @@ impl<'a> DirBlock<'a> {
     }
 
     /// The entry at an offset.
+    #[inline]
     fn entry_at(&self, at: usize, end: usize) -> Result<DirEntry<'a>> {
+        self.sound_entry_at(at, end).ok_or_else(|| self.fault_at(at, end))
+    }
+
+    /// The entry at an offset, when nothing is wrong with it. Directories are searched with this,
+    /// some hundred entries for each name that is made; what is wrong is
+    /// [`DirBlock::fault_at`]'s.
+    #[inline]
+    fn sound_entry_at(&self, at: usize, end: usize) -> Option<DirEntry<'a>> {
+        let (raw, tail) = RawDirEntry::ref_from_prefix(self.bytes.get(at..end)?).ok()?;
+        let room = end - at;
+        let rec_len = rec_len_from_disk(raw.rec_len.get(), self.bytes.len());
+        let name_len = usize::from(raw.name_len);
+        let inode = raw.inode.get();
+        let sound = rec_len >= MIN_ENTRY
+            && rec_len.is_multiple_of(4)
+            && rec_len <= room
+            && entry_size(name_len) <= rec_len
+            && (rec_len == room || room - rec_len >= MIN_ENTRY)
+            && inode <= self.format.inodes_count;
+        if !sound {
+            return None;
+        }
+        let file_type = if self.format.filetype { raw.file_type } else { 0 };
+        let name = tail.get(..name_len)?;
+        Some(DirEntry { offset: at, rec_len, inode: InodeNumber(inode), file_type, name })
+    }
+
+    /// What is wrong with the entry at an offset.
+    #[cold]
+    fn fault_at(&self, at: usize, end: usize) -> Corrupt {
         let bad = |detail: String| Corrupt::value(WHAT, format!("entry at {at}: {detail}"));
         let room = end.saturating_sub(at);
         if room < MIN_ENTRY {
-            return Err(bad(format!("{room} bytes are too few for an entry")));
+            return bad(format!("{room} bytes are too few for an entry"));
         }
-        let (raw, tail) = RawDirEntry::ref_from_prefix(&self.bytes[at..end])
-            .map_err(|_| Corrupt::truncated(WHAT, room, ENTRY_HEADER))?;
+        let Ok((raw, _)) = RawDirEntry::ref_from_prefix(&self.bytes[at..end]) else {
+            return Corrupt::truncated(WHAT, room, ENTRY_HEADER);
+        };
         let rec_len = rec_len_from_disk(raw.rec_len.get(), self.bytes.len());
         let name_len = usize::from(raw.name_len);
         if rec_len < MIN_ENTRY || !rec_len.is_multiple_of(4) || rec_len > room {
-            return Err(bad(format!("rec_len is {rec_len}, {room} bytes left")));
+            return bad(format!("rec_len is {rec_len}, {room} bytes left"));
         }
         if entry_size(name_len) > rec_len {
-            return Err(bad(format!("name_len {name_len} does not fit rec_len {rec_len}")));
+            return bad(format!("name_len {name_len} does not fit rec_len {rec_len}"));
         }
         if rec_len < room && room - rec_len < MIN_ENTRY {
-            return Err(bad(format!("rec_len {rec_len} leaves {} bytes", room - rec_len)));
+            return bad(format!("rec_len {rec_len} leaves {} bytes", room - rec_len));
         }
-        let inode = raw.inode.get();
-        if inode > self.format.inodes_count {
-            return Err(bad(format!("inode {inode} of {}", self.format.inodes_count)));
-        }
-        let file_type = if self.format.filetype { raw.file_type } else { 0 };
-        let name = &tail[..name_len];
-        Ok(DirEntry { offset: at, rec_len, inode: InodeNumber(inode), file_type, name })
+        bad(format!("inode {} of {}", raw.inode.get(), self.format.inodes_count))
     }
 
     /// The used entry of a name.
@@ -296,6 +322,7 @@ pub struct DirEntries<'a> {
 impl<'a> Iterator for DirEntries<'a> {
     type Item = Result<DirEntry<'a>>;
 
+    #[inline]
     fn next(&mut self) -> Option<Self::Item> {
         if self.at >= self.end {
             return None;
