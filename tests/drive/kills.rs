@@ -33,7 +33,9 @@ impl<'a> Daemon<'a> {
         let mut command = Command::new(uext());
         command.args(["mount", "-f"]).arg(image).arg(dir);
         command.arg("--log-file").arg(image.with_extension("daemon.log"));
-        let child = command.stdin(Stdio::null()).spawn().expect("the daemon");
+        // What it says is in its log too.
+        command.stdin(Stdio::null()).stderr(Stdio::null());
+        let child = command.spawn().expect("the daemon");
         let daemon = Self { child, dir };
         let start = Instant::now();
         while !is_mounted(dir) {

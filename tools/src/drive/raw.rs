@@ -16,6 +16,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use rustix::fs::FlockOperation;
+use uext_blockdev::nbd::address::is_address;
 use uext_blockdev::nbd::protocol::READ_ONLY;
 use uext_blockdev::nbd::{Address, Connection, Export};
 use uext_drive_sys::{Direction, Piece};
@@ -64,21 +65,17 @@ pub enum Raw {
 }
 
 impl Raw {
-    /// Opens a target: `name` is where it is now.
+    /// Opens a target by what it is called now: a disk may have been driven as an export,
+    /// and be read as the file that it is.
     ///
     /// # Errors
     /// One line.
-    pub fn open(target: &Target, name: &Path) -> Result<Self, String> {
-        match target {
-            Target::Nbd(..) => {
-                let address = name.to_str().ok_or("an address is UTF-8")?;
-                Ok(Self::Export(Box::new(connect(address)?)))
-            }
-            _ => {
-                let file = File::open(name);
-                Ok(Self::File(file.map_err(|error| format!("{}: {error}", name.display()))?))
-            }
+    pub fn open(name: &Path) -> Result<Self, String> {
+        if let Some(address) = name.to_str().filter(|text| is_address(text)) {
+            return Ok(Self::Export(Box::new(connect(address)?)));
         }
+        let file = File::open(name);
+        Ok(Self::File(file.map_err(|error| format!("{}: {error}", name.display()))?))
     }
 
     /// Reads all of a buffer.
@@ -151,7 +148,7 @@ pub fn claim(target: &Target, destroy: bool) -> Result<Claim, String> {
         Target::Nbd(address, bytes) => (Path::new(address), *bytes, None),
         Target::Device(path, bytes) => (path.as_path(), *bytes, Some(claim_file(path)?)),
     };
-    if !destroy && holds_something(&mut Raw::open(target, name)?, name, bytes)? {
+    if !destroy && holds_something(&mut Raw::open(name)?, name, bytes)? {
         return Err(format!(
             "{}: holds something that would be overwritten: say --destroy",
             name.display()
@@ -187,11 +184,14 @@ fn claim_file(path: &Path) -> Result<File, String> {
 /// between. What begins with a run's block was a run's: anything else that was there has
 /// lost its beginning.
 fn holds_something(raw: &mut Raw, name: &Path, bytes: u64) -> Result<bool, String> {
+    let page = |place: u64| place / PAGE as u64 * PAGE as u64;
     let last = bytes.saturating_sub(WINDOW);
-    let places = (0..=PLACES).map(|n| last / PLACES * n / PAGE as u64 * PAGE as u64);
-    for place in places.chain([last / PAGE as u64 * PAGE as u64]) {
-        // At most a megabyte.
-        let mut window = vec![0; (bytes - place).min(WINDOW) as usize];
+    let mut places: Vec<u64> = (0..PLACES).map(|n| page(last / PLACES * n)).collect();
+    places.push(page(last));
+    places.dedup();
+    for place in places {
+        // A megabyte and a page: to the last byte.
+        let mut window = vec![0; (bytes - place).min(WINDOW + PAGE as u64) as usize];
         raw.read_exact_at(&mut window, place)
             .map_err(|error| format!("{}: {error}", name.display()))?;
         if place == 0 && block_len(&window).is_some() {
@@ -219,7 +219,8 @@ mod tests {
     use super::super::block::BlockId;
     use super::*;
 
-    const BYTES: u64 = 8 << 20;
+    /// No whole pages.
+    const BYTES: u64 = (8 << 20) + 512;
 
     fn holds(contents: &[(u64, &[u8])]) -> bool {
         let file = tempfile::tempfile().expect("a file");

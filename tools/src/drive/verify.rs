@@ -198,7 +198,7 @@ impl Check<'_> {
     }
 
     fn device(&mut self, path: &Path) -> Result<(), String> {
-        let mut raw = Raw::open(&self.plan.target, path)?;
+        let mut raw = Raw::open(path)?;
         for slot in 0..self.ledger.slots() {
             let entry = self.ledger.slot(slot);
             if entry.birth() == 0 {
