@@ -41,9 +41,6 @@ use crate::uring::{self, Rings};
 /// Pages of the largest request: what the kernel allows at most by default.
 const MAX_PAGES: usize = 256;
 
-/// Workers that look for requests at one time.
-const SPINNERS: usize = 2;
-
 /// How requests come from the kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Transport {
@@ -408,7 +405,7 @@ impl Workers {
                 workers.threads.append(&mut live.threads);
                 workers.rings = Some(live);
                 let lazy = device.clone();
-                let never = Arc::new(Spin::new(Duration::ZERO, 0));
+                let never = Arc::new(Spin::new(Duration::ZERO));
                 workers.spawn(
                     "fuse-forget",
                     device_worker(lazy, dispatcher, &control, config, &never),
@@ -421,7 +418,7 @@ impl Workers {
             }
             None => {}
         }
-        let spin = Arc::new(Spin::new(config.spin, SPINNERS));
+        let spin = Arc::new(Spin::new(config.spin));
         for index in 0..config.worker_count() {
             let device = if index == 0 { device.clone() } else { clone_device(device) };
             let work = device_worker(device, dispatcher, &control, config, &spin);

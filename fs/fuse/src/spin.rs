@@ -5,27 +5,62 @@
 //! as what is then done, on a virtual machine above all. So a worker that has served a request
 //! looks for another without blocking, for as long as [`Spin`] says.
 //!
-//! It gives way. Between two looks it yields; when that takes long, somebody else has work for
-//! the CPU and the worker goes to sleep. Who has looked in vain looks less often, down to
-//! once in [`RAREST`] requests. No more than [`Spin::new`]'s number look at a time.
+//! It gives way. One worker looks at a time, and only while there are no more threads that
+//! want to run than CPUs: where none is idle there is nothing to gain, and who yields to
+//! somebody else is late for the next request. Between two looks it yields all the same; when that
+//! takes long, somebody new has work for the CPU and the worker goes to sleep. Who has looked in
+//! vain looks less often, down to once in [`RAREST`] requests.
 //!
-//! Locks: none.
+//! Locks: `Spin::machine`, by trying only; nothing is taken under it.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
+
+use uext_sync::Mutex;
 
 /// A yield that takes longer has let somebody else run.
 const BUSY: Duration = Duration::from_micros(20);
 /// Requests between two looks when nothing is ever found.
 const RAREST: u32 = 64;
+/// How long it is believed how many want to run.
+const BELIEVED: Duration = Duration::from_millis(10);
 
-/// How long the workers of a mount look, and how many do.
+/// How long a mount's workers look, and when.
 pub(crate) struct Spin {
     limit: Duration,
-    most: usize,
-    /// Workers that look.
-    /// WHY-RELAXED: it bounds a number, and orders nothing.
-    looking: AtomicUsize,
+    /// Held by who looks.
+    machine: Mutex<Machine>,
+}
+
+/// What else the machine does.
+struct Machine {
+    /// `/proc/loadavg`; without it nobody looks.
+    load: Option<File>,
+    cpus: usize,
+    /// When it was last asked, and whether it had a CPU to spare.
+    asked: Option<Instant>,
+    spare: bool,
+}
+
+impl Machine {
+    fn has_spare_cpu(&mut self, now: Instant) -> bool {
+        if self.asked.is_none_or(|asked| now - asked > BELIEVED) {
+            self.asked = Some(now);
+            let mut text = [0; 64];
+            let len = self.load.as_ref().and_then(|file| file.read_at(&mut text, 0).ok());
+            // Who asks is one of them.
+            let runnable = len.and_then(|len| runnable(&text[..len]));
+            self.spare = runnable.is_some_and(|runnable| runnable <= self.cpus);
+        }
+        self.spare
+    }
+}
+
+/// How many threads want to run, of the text of `/proc/loadavg`.
+fn runnable(text: &[u8]) -> Option<usize> {
+    let field = std::str::from_utf8(text).ok()?.split(' ').nth(3)?;
+    field.split_once('/')?.0.parse().ok()
 }
 
 /// What a worker's looks have been worth.
@@ -38,14 +73,16 @@ pub(crate) struct Luck {
 }
 
 impl Spin {
-    /// At most `most` workers look, each for `limit` at a time.
-    pub fn new(limit: Duration, most: usize) -> Self {
-        Self { limit, most, looking: AtomicUsize::new(0) }
+    /// One worker looks at a time, for `limit`; zero: nobody does.
+    pub fn new(limit: Duration) -> Self {
+        let load = File::open("/proc/loadavg").ok().filter(|_| limit > Duration::ZERO);
+        let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get());
+        Self { limit, machine: Mutex::new(Machine { load, cpus, asked: None, spare: false }) }
     }
 
     /// Whether anybody ever looks.
     pub fn is_on(&self) -> bool {
-        self.limit > Duration::ZERO && self.most > 0
+        self.limit > Duration::ZERO
     }
 
     /// Calls `look` until it finds something, time is up, or the CPU is wanted.
@@ -54,11 +91,11 @@ impl Spin {
             luck.skip -= 1;
             return None;
         }
-        if self.looking.fetch_add(1, Ordering::Relaxed) >= self.most {
-            self.looking.fetch_sub(1, Ordering::Relaxed); // WHY-RELAXED: see the field
+        let mut machine = self.machine.try_lock()?;
+        let begin = Instant::now();
+        if !machine.has_spare_cpu(begin) {
             return None;
         }
-        let begin = Instant::now();
         let mut last = begin;
         let found = loop {
             if let Some(found) = look() {
@@ -71,7 +108,6 @@ impl Spin {
             }
             last = now;
         };
-        self.looking.fetch_sub(1, Ordering::Relaxed); // WHY-RELAXED: see the field
         luck.learn(found.is_some());
         found
     }
@@ -85,8 +121,18 @@ impl Luck {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    /// On a machine that has CPUs to spare, or not.
+    fn spin(limit: Duration, spare: bool) -> Spin {
+        let spin = Spin::new(limit);
+        // Far enough ahead that it is not asked again.
+        let asked = Some(Instant::now() + Duration::from_secs(3600));
+        *spin.machine.lock() = Machine { load: None, cpus: 1, asked, spare };
+        spin
+    }
 
     /// Serves `requests`; how many looks there were.
     fn looks(spin: &Spin, luck: &mut Luck, requests: usize, found: bool) -> usize {
@@ -104,7 +150,7 @@ mod tests {
 
     #[test]
     fn looks_in_vain_become_rare_and_one_that_finds_ends_that() {
-        let (spin, mut luck) = (Spin::new(Duration::from_micros(1), 1), Luck::default());
+        let (spin, mut luck) = (spin(Duration::from_micros(1), true), Luck::default());
         let in_vain = looks(&spin, &mut luck, 6400, false);
         assert!((100..=110).contains(&in_vain), "{in_vain} looks");
         let rare = looks(&spin, &mut luck, 64, true);
@@ -113,11 +159,10 @@ mod tests {
     }
 
     #[test]
-    fn no_more_than_allowed_look_at_a_time() {
-        let spin = Spin::new(Duration::from_secs(1), 1);
+    fn one_looks_at_a_time() {
+        let spin = spin(Duration::from_secs(1), true);
         let inner = spin.until(&mut Luck::default(), || {
-            let second = spin.until(&mut Luck::default(), || Some("a second looked"));
-            Some(second)
+            Some(spin.until(&mut Luck::default(), || Some("a second looked")))
         });
         assert_eq!(inner, Some(None));
         assert!(spin.until(&mut Luck::default(), || Some(())).is_some());
@@ -125,9 +170,23 @@ mod tests {
 
     #[test]
     fn time_ends_a_look() {
-        let spin = Spin::new(Duration::from_millis(2), 1);
+        let spin = spin(Duration::from_millis(2), true);
         let begin = Instant::now();
         assert!(spin.until(&mut Luck::default(), || None::<()>).is_none());
         assert!(begin.elapsed() < Duration::from_secs(10));
+    }
+
+    #[test]
+    fn nobody_looks_where_no_cpu_is_idle() {
+        let spin = spin(Duration::from_secs(1), false);
+        assert_eq!(looks(&spin, &mut Luck::default(), 1000, true), 0);
+    }
+
+    #[test]
+    fn the_number_of_runnable_threads_is_read() {
+        assert_eq!(runnable(b"0.20 0.18 0.12 3/80 11206\n"), Some(3));
+        assert_eq!(runnable(b"0.20 0.18"), None);
+        let text = std::fs::read("/proc/loadavg").unwrap();
+        assert!(runnable(&text).unwrap() >= 1, "at least who reads it");
     }
 }
