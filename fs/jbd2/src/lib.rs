@@ -51,6 +51,6 @@ pub use handle::{HANDLE, Handle, WriteGuard};
 pub use journal::{BeforeCommit, Journal, JournalStatus, OnAbort, OnCommit};
 pub use log_reader::JournalLocation;
 pub use map::{JournalMap, JournalRun};
-pub use recovery::{OnDamage, Overlay, Recovery, RecoveryReport};
+pub use recovery::{OnDamage, Recovery, RecoveryReport, ReplayPlan, ReplayViews};
 pub use tid::{Tid, tid_geq, tid_gt};
 pub use transaction::TxState;

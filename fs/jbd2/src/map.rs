@@ -87,6 +87,25 @@ impl JournalMap {
         self.superblock
     }
 
+    /// Whether the journal is a device of its own, whose first block is not the journal's.
+    pub(crate) fn is_external(&self) -> bool {
+        self.superblock != 0
+    }
+
+    /// Where a journal that is a file lies on its filesystem's device: sorted ranges of blocks.
+    /// None for an external one.
+    pub(crate) fn own_ranges(&self) -> Vec<(u64, u64)> {
+        if self.is_external() {
+            return Vec::new();
+        }
+        // Ends were checked to fit.
+        let ranges =
+            self.runs.iter().map(|run| (run.physical, run.physical + u64::from(run.count)));
+        let mut ranges: Vec<_> = ranges.collect();
+        ranges.sort_unstable();
+        ranges
+    }
+
     /// Where a block lies on the device; `None` past the end.
     pub fn map(&self, logical: u32) -> Option<u64> {
         self.run(logical, 1).map(|(physical, _)| physical)

@@ -5,9 +5,10 @@ mod common;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
 use common::*;
-use uext_blockdev::{BlockDevice, MemoryDevice, MemoryOptions};
+use uext_blockdev::{BioFlags, BlockDevice, MemoryDevice, MemoryOptions};
 use uext_jbd2::{JournalError, OnDamage, Recovery, RecoveryReport};
 
 /// Replays an image by ourselves; the report and the image afterwards.
@@ -236,7 +237,7 @@ fn journalled_image(dir: &Path) -> (PathBuf, u32) {
 }
 
 #[test]
-fn replay_in_memory_shows_what_a_replay_would_write_and_writes_nothing() {
+fn views_show_what_a_replay_leaves_and_write_nothing() {
     if !have_e2fsprogs() {
         return;
     }
@@ -247,16 +248,37 @@ fn replay_in_memory_shows_what_a_replay_would_write_and_writes_nothing() {
     let device = MemoryDevice::from_vec_with(bytes.clone(), &options);
     let map = journal_map(&image);
     let recovery = Recovery::open(location(&*device, &map, block_size), &*device).unwrap();
-    let (report, overlay) = recovery.replay_in_memory().unwrap();
+    let plan = recovery.plan().unwrap();
+    let view: Arc<dyn BlockDevice> = plan.views(device, None).fs;
     let (written, replayed) = replay(&image, OnDamage::Keep);
-    assert_eq!(written.unwrap(), report);
-    let mut shown = bytes;
-    for (block, data) in overlay {
-        shown[block.0 as usize * 1024..][..1024].copy_from_slice(&data);
+    assert_eq!(written.unwrap(), plan.report());
+    let shown = view.read_at(0, bytes.len()).unwrap();
+    assert!(differing_blocks(&shown, &replayed, block_size).is_empty());
+    // In pieces that begin and end anywhere.
+    let pieces = [(0, 512), (FREE * 1024 - 512, 2048), (FREE * 1024 + 512, 20 * 1024)];
+    for (offset, len) in pieces {
+        let want = &replayed[offset as usize..][..len];
+        assert!(view.read_at(offset, len).unwrap() == want, "{len} bytes at {offset}");
     }
-    let journal = map.map(0).unwrap() as usize;
-    let differing = differing_blocks(&shown, &replayed, block_size);
-    assert_eq!(differing, [journal], "all but the journal's superblock");
+    assert!(view.write_at(0, &[0; 512], BioFlags::empty()).is_err());
+}
+
+/// A log that writes into itself has no result that a second replay would repeat.
+#[test]
+fn a_tag_that_names_the_journals_own_block_is_damage() {
+    if !have_e2fsprogs() {
+        return;
+    }
+    let dir = scratch();
+    let image = mkfs(dir.path(), &["-b", "1024", "-O", "^64bit,^metadata_csum"], "8192");
+    let own = journal_map(&image).map(30).unwrap();
+    let file = dir.path().join("data");
+    std::fs::write(&file, pattern(9, 1024)).unwrap();
+    debugfs(&image, &format!("jo\njw -b {own} {}\njc\n", file.to_str().unwrap()));
+    let before = std::fs::read(&image).unwrap();
+    let (report, bytes) = replay(&image, OnDamage::Keep);
+    assert!(matches!(report, Err(JournalError::Corrupt(_))), "{report:?}");
+    assert!(bytes == before, "refused, and yet written");
 }
 
 #[test]
@@ -329,7 +351,7 @@ fn no_journal_bytes_make_recovery_panic_or_loop() {
         }
         let device = MemoryDevice::from_vec(bytes);
         if let Ok(recovery) = Recovery::open(location(&*device, &map, block_size), &*device) {
-            let _ = recovery.replay_in_memory();
+            let _ = recovery.plan();
             let _ = recovery.replay(OnDamage::Reset);
         }
     }

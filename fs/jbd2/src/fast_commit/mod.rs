@@ -46,7 +46,7 @@ const UNCOUNTED: u16 = 1;
 /// Most links a directory counts.
 const MAX_DIR_LINKS: u16 = 65_000;
 
-/// The blocks that `commits` change, over a filesystem whose log leaves `log`.
+/// The blocks that `commits` change; `fs` reads as the log leaves it.
 ///
 /// # Errors
 /// `Corrupt` when the records contradict the filesystem, or when what they touch is damaged;
@@ -54,10 +54,9 @@ const MAX_DIR_LINKS: u16 = 65_000;
 pub(crate) fn apply(
     fs: &dyn BlockDevice,
     block_size: u32,
-    log: &Overlay,
     commits: &[FastCommit],
 ) -> Result<Overlay> {
-    let mut view = View::new(fs, block_size, log);
+    let mut view = View::new(fs, block_size);
     let home = FsBlock(SUPERBLOCK_OFFSET / u64::from(block_size));
     let bytes = view.read(home)?;
     let at = offset_in_block(bytes.len());

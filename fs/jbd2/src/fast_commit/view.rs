@@ -13,17 +13,16 @@ use crate::recovery::Overlay;
 const MAX_READS: u32 = 1 << 21;
 
 pub(super) struct View<'a> {
+    /// As the log's replay leaves it.
     fs: &'a dyn BlockDevice,
     block_size: u32,
-    /// What the log's replay writes.
-    log: &'a Overlay,
     changed: Overlay,
     reads: u32,
 }
 
 impl<'a> View<'a> {
-    pub(super) fn new(fs: &'a dyn BlockDevice, block_size: u32, log: &'a Overlay) -> Self {
-        Self { fs, block_size, log, changed: Overlay::new(), reads: 0 }
+    pub(super) fn new(fs: &'a dyn BlockDevice, block_size: u32) -> Self {
+        Self { fs, block_size, changed: Overlay::new(), reads: 0 }
     }
 
     /// A block as it is now.
@@ -42,9 +41,6 @@ impl<'a> View<'a> {
 
     /// A block as the log leaves it.
     fn read_base(&self, block: FsBlock) -> Result<Vec<u8>> {
-        if let Some(bytes) = self.log.get(&block) {
-            return Ok(bytes.clone());
-        }
         let size = u64::from(self.block_size);
         let failed = |status| JournalError::io(IoWhat::ReadFs, block.0, status);
         let offset = block.0.checked_mul(size).filter(|&at| at < self.fs.size());

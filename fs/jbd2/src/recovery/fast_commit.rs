@@ -61,16 +61,16 @@ impl Recovery<'_> {
     }
 
     /// Logs the changed blocks as transaction `tid` at block `head`, then writes them home.
-    pub(super) fn bring_home(&self, tid: Tid, head: u32, changes: Overlay) -> Result<()> {
+    pub(super) fn bring_home(&self, tid: Tid, head: u32, changes: &Overlay) -> Result<()> {
         if changes.is_empty() {
             return Ok(());
         }
         self.set_start(tid, head)?;
-        self.log_changes(tid, head, &changes)?;
-        let mut target = DeviceTarget::new(self.fs, self.journal.block_size);
-        for (block, bytes) in changes {
+        self.log_changes(tid, head, changes)?;
+        let mut target = DeviceTarget::new(self.fs, &self.journal);
+        for (&block, bytes) in changes {
             target.check(block)?;
-            target.put(block, bytes)?;
+            target.write(block, bytes.clone())?;
         }
         target.flush()
     }

@@ -10,7 +10,7 @@
 //! 3. **replay** writes each logged block home unless it was revoked by its own
 //!    or a later transaction. A logged block with a wrong checksum is left out
 //!    and reported; with [`OnDamage::Reset`] the others are still written, with
-//!    [`OnDamage::Keep`] a trial of all passes finds it before anything is.
+//!    [`OnDamage::Keep`] nothing is: a [`ReplayPlan`] of all passes comes first.
 //!
 //! Order of a replay: blocks home, flush, journal superblock (log empty, next
 //! transaction number), flush. A cut anywhere in between replays again.
@@ -25,20 +25,24 @@
 
 mod fast_commit;
 mod passes;
+mod plan;
 mod target;
+mod view;
 
 use std::collections::BTreeMap;
 
 use uext_blockdev::{BioFlags, BlockDevice, mutant};
 use uext_ondisk::fast_commit::FastCommit;
-use uext_ondisk::jbd2::{JournalIncompat, JournalSuperblock, edit_superblock_with};
+use uext_ondisk::jbd2::{JournalSuperblock, edit_superblock_with};
 use uext_ondisk::{Corrupt, FsBlock};
 
 use crate::error::{IoWhat, JournalError, Result};
 use crate::log_reader::JournalLocation;
 use crate::tid::Tid;
 use passes::{Passes, Scan};
-use target::{DeviceTarget, MemoryTarget, Target, TrialTarget};
+pub use plan::{ReplayPlan, ReplayViews};
+use target::{DeviceTarget, Target};
+pub use view::ReplayView;
 
 /// What to do with the journal when a part of it was damaged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,7 +99,7 @@ impl RecoveryReport {
     }
 }
 
-/// Blocks as they would be after a replay.
+/// Blocks that change, in memory.
 pub type Overlay = BTreeMap<FsBlock, Vec<u8>>;
 
 /// A journal whose superblock was read, ready to be replayed.
@@ -129,95 +133,39 @@ impl<'a> Recovery<'a> {
     /// Replays the log onto the filesystem and empties it. A clean journal is left as it is.
     ///
     /// # Errors
+    /// As [`Recovery::replay_planned`].
+    pub fn replay(&self, on_damage: OnDamage) -> Result<RecoveryReport> {
+        self.replay_planned(&self.plan()?, on_damage)
+    }
+
+    /// Does what was planned, on the same devices.
+    ///
+    /// # Errors
     /// `Io` when a write or flush failed, and the log is kept; with [`OnDamage::Keep`] also
     /// whatever is damaged, or cannot be replayed, before anything is written.
-    pub fn replay(&self, on_damage: OnDamage) -> Result<RecoveryReport> {
+    pub fn replay_planned(&self, plan: &ReplayPlan, on_damage: OnDamage) -> Result<RecoveryReport> {
         if !self.needs_recovery() {
-            return Ok(RecoveryReport::clean(&self.sb));
+            return Ok(plan.report());
         }
-        let (fast, refused) = self.rehearse(on_damage)?;
         if on_damage == OnDamage::Keep
-            && let Some(refused) = refused
+            && let Some(damage) = plan.damage()
         {
-            return Err(refused);
+            return Err(damage.clone());
         }
-        let mut target = DeviceTarget::new(self.fs, self.journal.block_size);
-        let (mut report, commits) = self.run(&mut target)?;
-        report.damage = report.damage.or(refused);
+        let mut target = DeviceTarget::new(self.fs, &self.journal);
+        let (report, _) = self.run(&mut target)?;
         if mutant!("log-emptied-before-replay") {
             self.mark_empty(report.end_tid.wrapping_add(1))?;
         }
         target.flush()?;
-        if on_damage == OnDamage::Keep
-            && let Some(damage) = report.damage
-        {
-            return Err(damage);
+        if let Some(damage) = report.damage.filter(|_| plan.damage().is_none()) {
+            return Err(damage); // It can only be the device's: the plan found none.
         }
-        let failed = !matches!(report.damage, None | Some(JournalError::DamagedTransaction(_)));
-        let mut next = report.end_tid.wrapping_add(1);
-        match fast.filter(|_| report.damage.is_none()) {
-            Some(changes) => {
-                self.bring_home(report.end_tid, report.head, changes)?;
-                report.fast_commits = commits.len();
-                next = next.wrapping_add(1);
-            }
-            // After a failed pass e2fsck keeps the old number; after a whole one the
-            // number of the first transaction that is not there is never used again,
-            // because half of it may lie in the log.
-            None if failed => next = report.start_tid,
-            None => {}
+        if let Some(changes) = &plan.fast {
+            self.bring_home(report.end_tid, report.head, changes)?;
         }
-        self.mark_empty(next)?;
-        if !failed {
-            report.transactions = report.end_tid.wrapping_sub(report.start_tid);
-        }
-        Ok(report)
-    }
-
-    /// What can be known before anything is written: what fast commits change over the log's
-    /// replay, and why a replay would not be whole. Not asked where neither matters.
-    fn rehearse(&self, on_damage: OnDamage) -> Result<(Option<Overlay>, Option<JournalError>)> {
-        let size = self.journal.block_size;
-        if !self.sb.incompat.contains(JournalIncompat::FAST_COMMIT) {
-            let damage = match on_damage {
-                OnDamage::Keep => self.run(&mut TrialTarget::new(self.fs, size))?.0.damage,
-                OnDamage::Reset => None,
-            };
-            return Ok((None, damage));
-        }
-        let mut log = MemoryTarget::new(self.fs, size);
-        let (report, commits) = self.run(&mut log)?;
-        if report.damage.is_some() || commits.is_empty() {
-            return Ok((None, report.damage));
-        }
-        let changes = crate::fast_commit::apply(self.fs, size, &log.into_overlay(), &commits);
-        match changes.and_then(|changes| self.check_room(changes.len()).map(|()| changes)) {
-            Ok(changes) => Ok((Some(changes), None)),
-            Err(refused) => Ok((None, Some(refused))),
-        }
-    }
-
-    /// Replays the log into memory; nothing is written. For read-only mounts and dry runs.
-    ///
-    /// # Errors
-    /// `Io` when the log cannot be read, or what is damaged or cannot be replayed.
-    pub fn replay_in_memory(&self) -> Result<(RecoveryReport, Overlay)> {
-        if !self.needs_recovery() {
-            return Ok((RecoveryReport::clean(&self.sb), Overlay::new()));
-        }
-        let mut target = MemoryTarget::new(self.fs, self.journal.block_size);
-        let (mut report, commits) = self.run(&mut target)?;
-        if let Some(damage) = report.damage {
-            return Err(damage);
-        }
-        let mut overlay = target.into_overlay();
-        if !commits.is_empty() {
-            let size = self.journal.block_size;
-            let changes = crate::fast_commit::apply(self.fs, size, &overlay, &commits)?;
-            overlay.extend(changes);
-            report.fast_commits = commits.len();
-        }
-        Ok((report, overlay))
+        self.mark_empty(plan.next_tid())?;
+        Ok(plan.report())
     }
 
     /// The three passes, and the fast commits that wait behind the log. Damage is in the report;
@@ -268,16 +216,22 @@ impl<'a> Recovery<'a> {
     fn set_start(&self, tid: Tid, start: u32) -> Result<()> {
         let at = self.journal.map.superblock();
         let offset = self.journal.byte_offset(at)?;
-        let mut block = self.journal.read(at)?;
-        edit_superblock_with(&mut block, |raw| {
-            raw.s_sequence = tid.into();
-            raw.s_start = start.into();
-        })?;
+        let block = self.superblock_with(tid, start)?;
         let device = self.journal.device;
         device
             .write_at(offset, &block, BioFlags::META | BioFlags::SYNC)
             .map_err(|status| JournalError::io(IoWhat::WriteLog, at.into(), status))?;
         device.flush().map_err(|status| JournalError::io(IoWhat::Flush, 0, status))
+    }
+
+    /// The journal's superblock, with another beginning of the log.
+    fn superblock_with(&self, tid: Tid, start: u32) -> Result<Vec<u8>> {
+        let mut block = self.journal.read(self.journal.map.superblock())?;
+        edit_superblock_with(&mut block, |raw| {
+            raw.s_sequence = tid.into();
+            raw.s_start = start.into();
+        })?;
+        Ok(block)
     }
 }
 

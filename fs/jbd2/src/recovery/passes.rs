@@ -12,7 +12,7 @@ use uext_ondisk::jbd2::{
 use uext_ondisk::{Corrupt, FsBlock};
 use zerocopy::FromBytes;
 
-use super::target::Target;
+use super::target::{LogPlace, Target};
 use crate::error::{JournalError, Result};
 use crate::log_reader::{JournalLocation, LogReader};
 use crate::tid::{Tid, tid_geq, tid_gt};
@@ -341,10 +341,11 @@ impl<'a> Passes<'a> {
                 continue;
             }
             let mut data = data.to_vec();
-            if tag.flags.contains(TagFlags::ESCAPE) && !mutant!("escape-not-undone") {
+            let escaped = tag.flags.contains(TagFlags::ESCAPE) && !mutant!("escape-not-undone");
+            if escaped {
                 jbd2::unescape(&mut data);
             }
-            place.target.put(tag.block, data)?;
+            place.target.put(tag.block, data, LogPlace { block: at, escaped })?;
             replayed.written += 1;
         }
         Ok(())

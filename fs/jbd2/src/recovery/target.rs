@@ -1,4 +1,4 @@
-//! Where replayed blocks go: home, into memory, or nowhere.
+//! Where replayed blocks go: home, or into a plan.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,78 +9,82 @@ use uext_blockdev::{
 };
 use uext_ondisk::{Corrupt, FsBlock};
 
-use super::Overlay;
+use super::plan::Places;
 use crate::error::{IoWhat, JournalError, Result};
+use crate::log_reader::JournalLocation;
 
 /// Bytes gathered before they are sorted and written.
 const CHUNK_BYTES: usize = 32 << 20;
 /// Most bytes of one bio.
 const BIO_BYTES: usize = 1 << 20;
 
+/// Where a logged copy lies.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LogPlace {
+    /// The block of the journal.
+    pub(super) block: u32,
+    /// Its first bytes were the journal's magic and are zeroes there.
+    pub(super) escaped: bool,
+}
+
 /// Takes replayed blocks in the order of the log.
 pub(super) trait Target {
-    /// Whether a block lies on the filesystem's device at all.
+    /// Whether a block lies on the filesystem's device, and not in the journal itself.
     fn check(&self, block: FsBlock) -> Result<()>;
 
-    /// Takes a block that was checked.
-    fn put(&mut self, block: FsBlock, data: Vec<u8>) -> Result<()>;
+    /// Takes a block that was checked, and where the log holds it.
+    fn put(&mut self, block: FsBlock, data: Vec<u8>, place: LogPlace) -> Result<()>;
 }
 
-fn check_on_device(device: &dyn BlockDevice, block_size: u32, block: FsBlock) -> Result<()> {
-    let end = block.0.checked_add(1).and_then(|end| end.checked_mul(block_size.into()));
-    if end.is_some_and(|end| end <= device.size()) {
-        return Ok(());
+/// Which blocks a log may write.
+struct Bounds {
+    /// Blocks of the filesystem's device.
+    end: u64,
+    /// The blocks of a journal that lies there too, as sorted ranges.
+    journal: Vec<(u64, u64)>,
+}
+
+impl Bounds {
+    fn new(fs: &dyn BlockDevice, journal: &JournalLocation<'_>) -> Self {
+        let end = fs.size() / u64::from(journal.block_size);
+        Self { end, journal: journal.map.own_ranges() }
     }
-    let corrupt = Corrupt::value("journal descriptor block", "tag lies outside the device");
-    Err(corrupt.in_block(block).into())
-}
 
-/// Takes the blocks and forgets them: only whether there is damage is asked.
-pub(super) struct TrialTarget<'a> {
-    device: &'a dyn BlockDevice,
-    block_size: u32,
-}
-
-impl<'a> TrialTarget<'a> {
-    pub(super) fn new(device: &'a dyn BlockDevice, block_size: u32) -> Self {
-        Self { device, block_size }
-    }
-}
-
-impl Target for TrialTarget<'_> {
     fn check(&self, block: FsBlock) -> Result<()> {
-        check_on_device(self.device, self.block_size, block)
-    }
-
-    fn put(&mut self, _: FsBlock, _: Vec<u8>) -> Result<()> {
-        Ok(())
-    }
-}
-
-/// Keeps the blocks.
-pub(super) struct MemoryTarget<'a> {
-    device: &'a dyn BlockDevice,
-    block_size: u32,
-    overlay: Overlay,
-}
-
-impl<'a> MemoryTarget<'a> {
-    pub(super) fn new(device: &'a dyn BlockDevice, block_size: u32) -> Self {
-        Self { device, block_size, overlay: Overlay::new() }
-    }
-
-    pub(super) fn into_overlay(self) -> Overlay {
-        self.overlay
+        let next = self.journal.partition_point(|&(_, end)| end <= block.0);
+        let own = self.journal.get(next).is_some_and(|&(start, _)| start <= block.0);
+        let detail = match () {
+            () if block.0 >= self.end => "tag lies outside the device",
+            () if own => "tag lies in the journal itself",
+            () => return Ok(()),
+        };
+        Err(Corrupt::value("journal descriptor block", detail).in_block(block).into())
     }
 }
 
-impl Target for MemoryTarget<'_> {
+/// Remembers where the blocks lie in the log.
+pub(super) struct PlanTarget {
+    bounds: Bounds,
+    places: Places,
+}
+
+impl PlanTarget {
+    pub(super) fn new(fs: &dyn BlockDevice, journal: &JournalLocation<'_>) -> Self {
+        Self { bounds: Bounds::new(fs, journal), places: Places::new() }
+    }
+
+    pub(super) fn into_places(self) -> Places {
+        self.places
+    }
+}
+
+impl Target for PlanTarget {
     fn check(&self, block: FsBlock) -> Result<()> {
-        check_on_device(self.device, self.block_size, block)
+        self.bounds.check(block)
     }
 
-    fn put(&mut self, block: FsBlock, data: Vec<u8>) -> Result<()> {
-        self.overlay.insert(block, data);
+    fn put(&mut self, block: FsBlock, _: Vec<u8>, place: LogPlace) -> Result<()> {
+        self.places.insert(block, place);
         Ok(())
     }
 }
@@ -90,12 +94,23 @@ impl Target for MemoryTarget<'_> {
 pub(super) struct DeviceTarget<'a> {
     device: &'a dyn BlockDevice,
     block_size: u32,
+    bounds: Bounds,
     chunk: BTreeMap<FsBlock, Vec<u8>>,
 }
 
 impl<'a> DeviceTarget<'a> {
-    pub(super) fn new(device: &'a dyn BlockDevice, block_size: u32) -> Self {
-        Self { device, block_size, chunk: BTreeMap::new() }
+    pub(super) fn new(device: &'a dyn BlockDevice, journal: &JournalLocation<'_>) -> Self {
+        let bounds = Bounds::new(device, journal);
+        Self { device, block_size: journal.block_size, bounds, chunk: BTreeMap::new() }
+    }
+
+    /// Takes a block that was checked.
+    pub(super) fn write(&mut self, block: FsBlock, data: Vec<u8>) -> Result<()> {
+        self.chunk.insert(block, data);
+        if self.chunk.len().saturating_mul(self.block_size as usize) >= CHUNK_BYTES {
+            self.write_chunk()?;
+        }
+        Ok(())
     }
 
     /// Writes what is left and makes everything durable.
@@ -164,14 +179,10 @@ impl<'a> DeviceTarget<'a> {
 
 impl Target for DeviceTarget<'_> {
     fn check(&self, block: FsBlock) -> Result<()> {
-        check_on_device(self.device, self.block_size, block)
+        self.bounds.check(block)
     }
 
-    fn put(&mut self, block: FsBlock, data: Vec<u8>) -> Result<()> {
-        self.chunk.insert(block, data);
-        if self.chunk.len().saturating_mul(self.block_size as usize) >= CHUNK_BYTES {
-            self.write_chunk()?;
-        }
-        Ok(())
+    fn put(&mut self, block: FsBlock, data: Vec<u8>, _: LogPlace) -> Result<()> {
+        self.write(block, data)
     }
 }
