@@ -4,6 +4,7 @@
 mod clean;
 mod corpus;
 mod damage;
+mod dirty;
 mod planted;
 
 use std::path::Path;

@@ -161,7 +161,12 @@ const PLANTS: &[Plant] = &[
     (Base::Journal, "zap_block -f <8> -o 16 -l 4 -p 1 0", Code::JournalSuper),
     (Base::Journal, "sif <8> mode 040755", Code::JournalMode),
     (Base::Journal, "sif <8> links_count 0", Code::JournalInode),
-    (Base::Journal, "ssv feature_incompat 0x22C6", Code::JournalNotReplayed),
+    (Base::Journal, "ssv feature_incompat 0x22C6\nsif <8> links_count 0", Code::JournalInode),
+    (
+        Base::Journal,
+        "ssv feature_incompat 0x22C6\nzap_block -f <8> -o 16 -l 4 -p 1 0",
+        Code::JournalNotReplayed,
+    ),
     (Base::Journal, "ssv feature_ro_compat 0x1046B", Code::OrphanPresentClean),
     (Base::Plain, "ssv feature_ro_compat 0x1007B", Code::OrphanPresentNoFile),
 ];

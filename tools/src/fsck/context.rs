@@ -6,7 +6,7 @@
 //!   against the size of the device, so memory is bounded by the image.
 //! - Nothing is written to the device.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
 
 use uext_blockdev::BlockDevice;
@@ -180,6 +180,10 @@ pub struct Context<'a, 'r> {
     pub descs: Vec<u8>,
     /// Groups whose inode table cannot be used.
     pub bad_tables: Vec<bool>,
+    /// The device is seen through its journal, as the next mount would find it.
+    pub looked_through: bool,
+    /// Inodes that the next mount deletes or truncates; known only when looked through.
+    pub orphans: HashSet<u32>,
     /// Where problems go.
     pub report: &'r mut Reporter<'a>,
     /// Where progress goes.
@@ -259,6 +263,11 @@ impl Context<'_, '_> {
     /// The state of an inode; of none for a number that does not exist.
     pub fn inode(&self, ino: u32) -> InodeState {
         self.inodes.get(ino as usize).copied().unwrap_or_default()
+    }
+
+    /// Whether an inode has no name and waits to be deleted.
+    pub fn is_gone(&self, ino: u32) -> bool {
+        self.inode(ino).links == 0 && self.orphans.contains(&ino)
     }
 
     /// Adds a flag to an inode's state.

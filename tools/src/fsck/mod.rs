@@ -6,7 +6,8 @@
 //! directories (2), connectivity (3), links (4), bitmaps and counts (5).
 //!
 //! Invariants:
-//! - The device is opened read-only and never written.
+//! - The device is opened read-only and never written. A log that needs recovery is looked
+//!   through, see [`replay`]: the verdict is about the filesystem that the next mount finds.
 //! - Memory is bounded by the size of the device, and so is work, whatever the
 //!   image says: see [`pass0`] for sizes, [`pass1_blocks`] for maps.
 //! - The verdict is that of `e2fsck -fn`: see [`problem::Weight`].
@@ -25,15 +26,17 @@ mod pass4;
 mod pass5;
 pub mod problem;
 mod progress;
+mod replay;
 mod reserved;
 mod walk;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use uext_blockdev::BlockDevice;
+use uext_blockdev::file::{FileDevice, OpenOptions};
 use uext_ondisk::features::Incompat;
 use uext_ondisk::superblock::{State, Superblock};
 
@@ -92,15 +95,38 @@ pub fn check(
     progress: &mut Progress,
     out: &mut dyn Write,
 ) -> Outcome {
+    let external = options.journal.as_deref().and_then(|path| {
+        let open = OpenOptions { read_only: true, direct: false, ..OpenOptions::default() };
+        // Why it cannot be opened the check of the journal says.
+        FileDevice::open(path, open).ok()
+    });
+    let external = external.as_deref().map(|device| device as &dyn BlockDevice);
+    let view;
     let mut report = Reporter::new(out);
+    // Who names a superblock wants to see the disk as that one has it.
+    let through = match options.superblock {
+        None => replay::look_through(dev, external, &mut report),
+        Some(_) => None,
+    };
+    let looked = through.is_some();
+    let dev = match through {
+        Some(through) => {
+            view = through;
+            &view as &dyn BlockDevice
+        }
+        None => dev,
+    };
     let stopped = match pass0::open(dev, options, &mut report) {
         Err(Stop) => true,
-        Ok(opened) if !options.force && may_skip(&opened.sb) && report.errors == 0 => {
+        Ok(opened) if !looked && !options.force && may_skip(&opened.sb) && report.errors == 0 => {
             summary(&mut report, &opened.sb, "clean");
             return Outcome { skipped: true, ..outcome(&report, false, options) };
         }
-        Ok(opened) => {
-            run_passes(dev, opened, options, progress, &mut report);
+        Ok(mut opened) => {
+            if looked {
+                replay::count_free(&mut opened);
+            }
+            run_passes(dev, looked, opened, options, progress, &mut report);
             false
         }
     };
@@ -129,6 +155,7 @@ fn outcome(report: &Reporter<'_>, stopped: bool, options: &Options) -> Outcome {
 
 fn run_passes<'a>(
     dev: &'a dyn BlockDevice,
+    looked_through: bool,
     opened: pass0::Opened,
     options: &Options,
     progress: &mut Progress,
@@ -136,8 +163,11 @@ fn run_passes<'a>(
 ) {
     let clusters = opened.sb.blocks_count() >> opened.sb.cluster_ratio_bits();
     let inodes = opened.sb.inodes_count() as usize;
+    let orphans = if looked_through { replay::orphans(dev, &opened.sb) } else { HashSet::new() };
     let mut ctx = Context {
         dev,
+        looked_through,
+        orphans,
         used: BitSet::new(clusters + 1),
         metadata: BitSet::new(opened.sb.blocks_count()),
         inodes: vec![InodeState::default(); inodes + 1],
@@ -167,6 +197,10 @@ fn run_passes<'a>(
     say(&mut ctx, "Pass 5: bitmaps and counts");
     pass5::run(&mut ctx);
     orphans::run(&mut ctx);
+    if !ctx.orphans.is_empty() {
+        let count = ctx.orphans.len();
+        ctx.report.say(&format!("{count} orphan inodes wait for the next mount."));
+    }
     if options.verbose {
         let dirs = ctx.dirs.len();
         let files = ctx.inodes.iter().filter(|state| state.is(InodeState::REG)).count();

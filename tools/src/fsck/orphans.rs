@@ -1,4 +1,5 @@
-//! The orphan file: with no filesystem mounted all its slots are free.
+//! The orphan file: with no filesystem mounted all its slots are free. When the check looks
+//! through the journal of one that was, those are used whose inodes the next mount deletes.
 
 use uext_ondisk::FsBlock;
 use uext_ondisk::features::RoCompat;
@@ -25,7 +26,7 @@ pub fn run(ctx: &mut Context<'_, '_>) {
     let ino = ctx.sb.raw().s_orphan_file_inum.get();
     match check_file(ctx, ino) {
         Err(text) => ctx.problem(Code::OrphanFileBad, At::ino(ino).text(text)),
-        Ok(()) if present => ctx.problem(Code::OrphanPresentClean, At::fs()),
+        Ok(()) if present && !ctx.looked_through => ctx.problem(Code::OrphanPresentClean, At::fs()),
         Ok(()) => {}
     }
 }
@@ -65,7 +66,7 @@ fn check_block(ctx: &Context<'_, '_>, block: u64, seed: u32) -> Result<(), Strin
     let bytes = ctx.read_block(block).ok_or_else(|| format!("block {block} cannot be read"))?;
     let used = orphan_file::orphans(&bytes)
         .map_err(|error| format!("block {block}: {}", error.detail))?
-        .next();
+        .find(|(_, ino)| !ctx.orphans.contains(&ino.0));
     if let Some((slot, inode)) = used {
         return Err(format!("block {block}, slot {slot} holds inode {inode}"));
     }

@@ -90,17 +90,23 @@ fn find_superblock(
         report.problem(Code::SuperNoBackup, At::fs());
         return Err(Stop);
     }
-    for place in backup_places(dev.size(), BACKUPS_PER_SIZE) {
-        let Ok(sb) = read_super(dev, place.byte_offset) else { continue };
-        let block = place.byte_offset / u64::from(place.block_size);
-        let fits = sb.block_size() == place.block_size && place.group.0 < sb.groups_count();
-        if fits && sb.group_first_block(place.group) == FsBlock(block) {
-            report.problem(Code::SuperFromBackup, At::fs().blk(block));
-            return Ok((sb, Some(block)));
-        }
+    if let Some((block, sb)) = backups(dev).next() {
+        report.problem(Code::SuperFromBackup, At::fs().blk(block));
+        return Ok((sb, Some(block)));
     }
     report.problem(Code::SuperNoBackup, At::fs());
     Err(Stop)
+}
+
+/// Backups of the superblock that can be used, each with its block.
+pub fn backups(dev: &dyn BlockDevice) -> impl Iterator<Item = (u64, Superblock)> {
+    let places = backup_places(dev.size(), BACKUPS_PER_SIZE).into_iter();
+    places.filter_map(|place| {
+        let sb = read_super(dev, place.byte_offset).ok()?;
+        let block = place.byte_offset / u64::from(place.block_size);
+        let fits = sb.block_size() == place.block_size && place.group.0 < sb.groups_count();
+        (fits && sb.group_first_block(place.group) == FsBlock(block)).then_some((block, sb))
+    })
 }
 
 /// Refuses what nobody here can judge.

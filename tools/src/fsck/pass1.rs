@@ -169,14 +169,16 @@ fn check_fields(
     bad_csum: bool,
 ) {
     let at = || At::ino(ino);
-    let dtime = inode.dtime();
+    // An orphan's is the next one on the list.
+    let orphan = ctx.orphans.contains(&ino);
+    let dtime = if orphan { 0 } else { inode.dtime() };
     if dtime != 0 && pass.low_dtime && dtime < ctx.sb.inodes_count() {
         ctx.problem(Code::LowDtime, at().num(dtime));
     }
     let links = inode.links_count();
     if links != 0 {
         ctx.inodes[ino as usize].links = links;
-    } else if !is_special(ctx, ino) && !is_reserved_quota(ctx, ino) {
+    } else if !orphan && !is_special(ctx, ino) && !is_reserved_quota(ctx, ino) {
         if dtime == 0 && inode.mode() != 0 {
             ctx.problem(Code::ZeroDtime, at());
         }
@@ -214,7 +216,7 @@ fn check_fields(
         }
         Special::None => {}
     }
-    if links == 0 {
+    if links == 0 && !orphan {
         return;
     }
     if dtime != 0 {
@@ -223,6 +225,10 @@ fn check_fields(
     ctx.set_flag(ino, InodeState::USED);
     ctx.inodes[ino as usize].kind = dir_entry::FileType::from_mode(inode.mode()).raw();
     check_used(ctx, pass, ino, inode);
+    if ctx.is_gone(ino) {
+        // A directory that is on its way out is no part of the tree.
+        while ctx.dir_blocks.pop_if(|block| block.ino == ino).is_some() {}
+    }
 }
 
 /// What an inode number stands for.
@@ -445,6 +451,13 @@ fn check_used(ctx: &mut Context<'_, '_>, pass: &mut Pass1, ino: u32, inode: Inod
         }
     }
     let value_clusters = pass1_xattr::check_body(ctx, ino, inode);
+    if ctx.is_gone(ino) {
+        // Its blocks go before it does: what they held makes no sense any more.
+        if inode.is_dir() {
+            ctx.set_flag(ino, InodeState::DIR);
+        }
+        return check_blocks(ctx, pass, ino, inode, value_clusters);
+    }
     check_really_directory(ctx, ino, inode);
     let extents = pass.features.extents() && inode.flags().contains(InodeFlags::EXTENTS);
     if extents && inode.is_symlink() && !has_blocks(inode, pass.features) {
@@ -651,10 +664,11 @@ fn check_blocks(
     let empty = count.clusters == 0;
     count.clusters += xattr + value_clusters;
     let mut indexed = false;
-    if flags.contains(InodeFlags::INDEX) {
+    let gone = ctx.is_gone(ino);
+    if flags.contains(InodeFlags::INDEX) && !gone {
         indexed = check_index(ctx, ino, inode);
     }
-    if is_dir && (ino == ROOT_INO || !is_special(ctx, ino)) {
+    if is_dir && !gone && (ino == ROOT_INO || !is_special(ctx, ino)) {
         let dir = DirInfo {
             ino,
             parent: if ino == ROOT_INO { ROOT_INO } else { 0 },

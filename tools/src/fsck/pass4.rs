@@ -22,7 +22,7 @@ pub fn run(ctx: &mut Context<'_, '_>) {
         }
         let state = ctx.inode(ino);
         let own = (ino > ROOT_INO && ino < first) || hidden.contains(&ino);
-        if own || !state.is(InodeState::USED) || state.is(InodeState::IMAGIC) {
+        if own || ctx.is_gone(ino) || !state.is(InodeState::USED) || state.is(InodeState::IMAGIC) {
             continue;
         }
         check_links(ctx, ino, state);

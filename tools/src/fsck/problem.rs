@@ -94,11 +94,12 @@ problems! {
     JournalStartSet = 0x00001E, Warning,
         "the journal holds transactions, but needs_recovery is not set";
     JournalNotReplayed = 0x00001F, Warning,
-        "the journal needs recovery; skipped, since this is a read-only check";
+        "the journal needs recovery and cannot be looked through: {text}";
     JournalExternal = 0x000020, Warning, "the journal is on another device and not checked";
     TablesTooLarge = 0x000021, Error,
         "superblock: tables of {num} inodes do not fit the device; cannot go on";
     Feature = 0x000022, Error, "superblock: unsupported feature {text}";
+    JournalDamaged = 0x000024, Error, "the journal cannot be replayed whole: {text}";
     FirstMetaBg = 0x000023, Warning, "superblock: s_first_meta_bg is {num}, {num2} at most";
 
     // Pass 1: inodes and blocks.

@@ -1,7 +1,7 @@
 //! The reserved inodes the superblock leans on: resize inode and journal.
 //!
-//! A journal that needs recovery is left alone: a read-only check reports what
-//! is on the disk and says so, as e2fsck does.
+//! A journal that needs recovery was looked through before, or could not be, which was said: see
+//! [`super::replay`].
 
 use std::path::Path;
 
@@ -97,9 +97,6 @@ pub fn check_journal(ctx: &mut Context<'_, '_>, external: Option<&Path>) {
         }
         return;
     }
-    if recover {
-        ctx.problem(Code::JournalNotReplayed, At::fs());
-    }
     if inum == 0 && elsewhere {
         match external.map(|path| check_external(ctx, path)) {
             None => ctx.problem(Code::JournalExternal, At::fs()),
@@ -141,7 +138,7 @@ fn check_external(ctx: &Context<'_, '_>, path: &Path) -> Result<(), String> {
         return Err(format!("{count} filesystems use the external journal, and not only this one"));
     }
     let recover = ctx.sb.features().incompat.contains(Incompat::RECOVER);
-    if journal.needs_recovery() && !recover {
+    if journal.needs_recovery() && !recover && !ctx.looked_through {
         return Err(
             "the external journal holds transactions the superblock does not know of".into()
         );
