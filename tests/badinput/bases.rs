@@ -37,8 +37,6 @@ pub struct Shape {
     mkfs: &'static [&'static str],
     /// Whether the journal holds what must be replayed.
     pub dirty: bool,
-    /// Whether metadata and the log have checksums.
-    pub checksums: bool,
 }
 
 const EXT4: &[&str] = &["-t", "ext4", "-J", "size=4", "-O", "metadata_csum_seed,orphan_file"];
@@ -48,25 +46,13 @@ const EXT2: &[&str] = &["-t", "ext2"];
 
 /// With checksums damage is found by them, without by what looks at the values.
 pub const SHAPES: [Shape; 7] = [
-    Shape { name: "ext4", block_size: 4096, mkfs: EXT4, dirty: false, checksums: true },
-    Shape {
-        name: "ext4-without-checksums",
-        block_size: 1024,
-        mkfs: PLAIN,
-        dirty: false,
-        checksums: false,
-    },
-    Shape { name: "ext3", block_size: 1024, mkfs: EXT3, dirty: false, checksums: false },
-    Shape { name: "ext2", block_size: 1024, mkfs: EXT2, dirty: false, checksums: false },
-    Shape { name: "ext4-to-replay", block_size: 4096, mkfs: EXT4, dirty: true, checksums: true },
-    Shape {
-        name: "ext4-without-checksums-to-replay",
-        block_size: 1024,
-        mkfs: PLAIN,
-        dirty: true,
-        checksums: false,
-    },
-    Shape { name: "ext3-to-replay", block_size: 1024, mkfs: EXT3, dirty: true, checksums: false },
+    Shape { name: "ext4", block_size: 4096, mkfs: EXT4, dirty: false },
+    Shape { name: "ext4-without-checksums", block_size: 1024, mkfs: PLAIN, dirty: false },
+    Shape { name: "ext3", block_size: 1024, mkfs: EXT3, dirty: false },
+    Shape { name: "ext2", block_size: 1024, mkfs: EXT2, dirty: false },
+    Shape { name: "ext4-to-replay", block_size: 4096, mkfs: EXT4, dirty: true },
+    Shape { name: "ext4-without-checksums-to-replay", block_size: 1024, mkfs: PLAIN, dirty: true },
+    Shape { name: "ext3-to-replay", block_size: 1024, mkfs: EXT3, dirty: true },
 ];
 
 /// An image without damage.

@@ -72,6 +72,7 @@ mod orphan;
 mod quiet;
 mod readdir;
 mod rename;
+mod replay;
 mod shift;
 mod super_source;
 mod symlink;

@@ -1,20 +1,17 @@
 //! Mounting and unmounting.
 //!
-//! Order at mount: superblock (see `super_source`), gate, journal replay, superblock and gate again
-//! (a replay may change both), groups, journal, and when writing is allowed the
-//! mark that the image is in use, then the orphans. Order at unmount: data, inodes,
+//! Order at mount: superblock (see `super_source`), gate, journal replay (see `replay`), superblock
+//! and gate again (a replay may change both), groups, journal, and when writing is allowed the
+//! mark that the image is in use, then the orphans. A mount that is refused has written nothing,
+//! but where the device itself fails. Order at unmount: data, inodes,
 //! journal, superblock; the mark goes last, when everything else is on the disk.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use uext_blockdev::dm::snapshot::SnapshotDevice;
 use uext_blockdev::{BlockDevice, mutant};
-use uext_jbd2::{
-    Journal, JournalConfig, JournalLocation, JournalMap, OnDamage, Recovery, RecoveryReport,
-};
+use uext_jbd2::{Journal, JournalConfig};
 use uext_ondisk::InodeNumber;
-use uext_ondisk::features::{Compat, Incompat};
 use uext_ondisk::superblock::{State, Superblock};
 use uext_pagecache::{BufferCache, CacheConfig, PageCache};
 use uext_sync::Mutex;
@@ -33,7 +30,8 @@ use crate::options::{Atime, MountOptions};
 use crate::orphan::OrphanList;
 use crate::quiet::QuietDevice;
 use crate::readdir::Ties;
-use crate::super_source::{self, Found, Origin};
+use crate::replay;
+use crate::super_source;
 use crate::system_zone::SystemZone;
 use crate::xattr_share::XattrShare;
 
@@ -59,10 +57,9 @@ impl Ext4 {
         }
         let found = super_source::find(dev.as_ref(), &options)?;
         let verdict = gate::check(&found.sb, &options)?;
-        let (dev, journal) = recover(dev, name, &found, &options, verdict.read_only)?;
+        let (dev, journal) = replay::recover(dev, name, &found, &options, verdict.read_only)?;
         let sb = super_source::read_primary(dev.as_ref())?;
         let verdict = gate::check(&sb, &options)?;
-        journal_data::check_mode(&options, &sb, verdict.read_only)?;
         if let Some(errors) = earlier_errors(&sb) {
             log::warn!("{name}: {errors}");
         }
@@ -72,20 +69,37 @@ impl Ext4 {
         let watched = !sb.features().has_journal() && !verdict.read_only;
         let quiet = watched.then(|| QuietDevice::new(dev.clone()));
         let dev = quiet.clone().map_or(dev, |quiet| quiet as Device);
-        let fs = Self::assemble(dev, journal, name, sb, options, verdict.read_only)?;
+        let fs = Self::prepare(dev, journal, name, sb, options, verdict.read_only)?;
+        if !fs.is_read_only() {
+            fs.mark_mounted()?;
+            // As with the kernel, what cannot be cleaned is noted and stops no mount.
+            if let Err(error) = fs.clean_orphans() {
+                fs.report(None, &error);
+            }
+        }
+        if let Some(quiet) = quiet {
+            fs.watch_quiet(quiet);
+        }
+        Ok(fs)
+    }
+
+    /// Everything a mount does that may end in a refusal, but for the replay; nothing is written.
+    pub(crate) fn prepare(
+        dev: Device,
+        external: Option<JournalPlace>,
+        name: &str,
+        sb: Superblock,
+        options: MountOptions,
+        read_only: bool,
+    ) -> std::result::Result<Arc<Self>, MountError> {
+        journal_data::check_mode(&options, &sb, read_only)?;
+        let fs = Self::assemble(dev, external, name, sb, options, read_only)?;
         let root = fs.iget(InodeNumber::ROOT)?;
         if !root.is_dir() {
             let corrupt = uext_ondisk::Corrupt::value("root inode", "is not a directory");
             return Err(Error::from(corrupt).into());
         }
         fs.inodes.count_lookup(&root);
-        if !fs.is_read_only() {
-            fs.mark_mounted()?;
-            fs.clean_orphans()?;
-        }
-        if let Some(quiet) = quiet {
-            fs.watch_quiet(quiet);
-        }
         Ok(fs)
     }
 
@@ -309,7 +323,7 @@ impl Ext4 {
             counted = self.sum_counts(sb);
             if clean {
                 sb.set_needs_recovery(false);
-                if !self.had_error() && !self.sb.state().contains(State::ERROR) {
+                    if !self.had_error() && !self.sb.state().contains(State::ERROR) {
                     // Without a journal an image that was not clean at mount (`force`) stays so.
                     let was_valid = self.sb.state() & State::VALID;
                     let state = sb.state() | was_valid;
@@ -323,69 +337,4 @@ impl Ext4 {
     pub(crate) fn had_error(&self) -> bool {
         self.had_error.load(Ordering::Relaxed)
     }
-}
-
-/// Replays the journal when the superblock says so, or when it cannot be believed the journal's
-/// own; then makes the primary superblock whole. Onto the device, or on a read-only mount into
-/// memory, so that the image stays as it is.
-fn recover(
-    dev: Device,
-    name: &str,
-    found: &Found,
-    options: &MountOptions,
-    read_only: bool,
-) -> std::result::Result<(Device, Option<JournalPlace>), MountError> {
-    let sb = &found.sb;
-    let features = sb.features();
-    let has_journal = features.compat.contains(Compat::HAS_JOURNAL);
-    let whole = found.origin == Origin::Primary;
-    let flagged = has_journal && features.incompat.contains(Incompat::RECOVER);
-    let replays = has_journal && !options.norecovery && (flagged || !whole);
-    let place = if replays || (has_journal && !read_only) {
-        Some(JournalPlace::find(dev.as_ref(), sb, options, read_only)?)
-    } else {
-        None
-    };
-    if whole && !flagged {
-        return Ok((dev, place));
-    }
-    if options.norecovery {
-        log::warn!("{name}: journal not replayed (norecovery): what you see may be inconsistent");
-        if whole {
-            return Ok((dev, None));
-        }
-    }
-    let target: Device =
-        if read_only { SnapshotDevice::over_device(dev.clone()) } else { dev.clone() };
-    let report = match &place {
-        Some(place) if replays => {
-            let device = match &place.external {
-                Some(device) if read_only => SnapshotDevice::over_device(device.clone()) as Device,
-                Some(device) => device.clone(),
-                None => target.clone(),
-            };
-            Some(replay(target.as_ref(), device.as_ref(), name, &place.map, sb.block_size())?)
-        }
-        _ => None,
-    };
-    super_source::mend(target.as_ref(), name, found, report.as_ref())?;
-    Ok((target, place))
-}
-
-fn replay(
-    target: &dyn BlockDevice,
-    device: &dyn BlockDevice,
-    name: &str,
-    map: &JournalMap,
-    block_size: u32,
-) -> std::result::Result<RecoveryReport, MountError> {
-    let journal = JournalLocation { device, map, block_size };
-    let report = Recovery::open(journal, target)?.replay(OnDamage::Keep)?;
-    log::info!(
-        "{name}: journal replayed: {} transactions, {} blocks, {} fast commits",
-        report.transactions,
-        report.blocks_replayed,
-        report.fast_commits
-    );
-    Ok(report)
 }

@@ -13,7 +13,7 @@ use uext_blockdev::mutant;
 use uext_blockdev::{BioFlags, BlockDevice};
 use uext_jbd2::RecoveryReport;
 use uext_ondisk::error::CorruptKind;
-use uext_ondisk::features::Compat;
+use uext_ondisk::features::{Compat, RoCompat};
 use uext_ondisk::geometry::backup_places;
 use uext_ondisk::group_desc::GroupDesc;
 use uext_ondisk::superblock::{
@@ -197,37 +197,38 @@ fn descriptors(
 }
 
 /// After a replay, or the lack of one: writes the primary superblock, mended and without the
-/// mark of a journal that was replayed.
+/// mark of a journal that was replayed. Says what was wrong with it.
+///
+/// With `orphans_next` the mark stays while the superblock says `orphan_present`: who looks at it
+/// after a cut in between must see a filesystem that was in use, whose orphan file may be empty.
 ///
 /// # Errors
 /// The device's, or what is damaged.
 pub(crate) fn mend(
     dev: &dyn BlockDevice,
-    name: &str,
     found: &Found,
     report: Option<&RecoveryReport>,
-) -> std::result::Result<(), MountError> {
+    orphans_next: bool,
+) -> std::result::Result<Option<&'static str>, MountError> {
     let replayed = Superblock::parse(&read(dev, SUPERBLOCK_OFFSET)?)
         .ok()
         .filter(|sb| found.origin == Origin::Primary || sb.differs_from(&found.sb).is_none());
-    let mut sb = match (replayed, found.origin) {
-        (Some(sb), Origin::Primary) => sb,
-        (None, Origin::Primary) => read_primary(dev)?,
-        (Some(sb), _) => {
-            log::warn!("{name}: the superblock was damaged; the journal had it whole");
-            sb
-        }
+    let (mut sb, mended) = match (replayed, found.origin) {
+        (Some(sb), Origin::Primary) => (sb, None),
+        (None, Origin::Primary) => (read_primary(dev)?, None),
+        (Some(sb), _) => (sb, Some("the superblock was damaged; the journal had it whole")),
         (None, Origin::Torn) => {
-            log::warn!("{name}: the superblock was half written; it is whole again");
-            counted(dev, &found.sb)?
+            let sb = counted(dev, &found.sb)?;
+            (sb, Some("the superblock was half written; it is whole again"))
         }
         (None, Origin::Backup) => {
-            log::warn!("{name}: the superblock comes from a backup: run e2fsck after this mount");
-            counted(dev, &found.sb)?
+            let sb = counted(dev, &found.sb)?;
+            (sb, Some("the superblock comes from a backup: run e2fsck after this mount"))
         }
     };
     if let Some(report) = report {
-        sb.set_needs_recovery(false);
+        let present = sb.features().ro_compat.contains(RoCompat::ORPHAN_PRESENT);
+        sb.set_needs_recovery(orphans_next && present);
         if report.errno != 0 {
             // The journal was aborted: the kernel's ext4 and fsck both keep this as an error.
             let state = sb.state() | State::ERROR;
@@ -238,7 +239,7 @@ pub(crate) fn mend(
     }
     let flags = BioFlags::FUA | BioFlags::META;
     dev.write_at(SUPERBLOCK_OFFSET, sb.sealed_bytes(), flags).map_err(Error::from)?;
-    Ok(())
+    Ok(mended)
 }
 
 /// A superblock with the counts of the group descriptors.
