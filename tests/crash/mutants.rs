@@ -33,6 +33,8 @@ const MUTANTS: &[&str] = &[
     "checkpoint-skips-buffer",
     "orphan-not-added",
     "orphan-not-removed",
+    "orphan-present-not-set",
+    "orphan-block-checksum-stale",
     "credits-short",
     "frozen-copy-not-taken",
     "fsync-without-commit",

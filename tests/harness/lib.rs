@@ -49,6 +49,28 @@ pub fn run(command: &mut Command) -> String {
     text
 }
 
+/// Whether `e2fsck -y`, by what it printed, asked to mend something. What it asks about every
+/// filesystem that was in use, the kernel's own too, is none: the superblock's counts, which `-n`
+/// calls no error, the mark that the orphan file is in use, which every mount leaves, and the
+/// slots of orphans that it has deleted.
+pub fn has_repairs(text: &str) -> bool {
+    let of_use = |problem: &str| {
+        problem.starts_with("Free blocks count wrong (")
+            || problem.starts_with("Free inodes count wrong (")
+            || problem == "Feature orphan_present is set but orphan file is clean."
+            || (problem.starts_with("Orphan file (inode ") && problem.ends_with(" is not clean."))
+    };
+    let mut problem = "";
+    for line in text.lines() {
+        let asked = if matches!(line, "Fix? yes" | "Clear? yes") { problem } else { line };
+        if line.ends_with("? yes") && !of_use(asked) {
+            return true;
+        }
+        problem = line;
+    }
+    false
+}
+
 /// Runs a shell script that stops at its first error.
 pub fn sh(script: &str) -> String {
     run(Command::new("bash").args(["-euo", "pipefail", "-c", script]))

@@ -10,7 +10,8 @@ pub const MAP_BLOCKS: u32 = 5 * 2 + 1 + 2 * (5 + 1) + 1;
 /// As [`MAP_BLOCKS`], where one extent becomes three and a leaf is split twice for them.
 pub const CONVERT: u32 = MAP_BLOCKS + 1 + 2;
 
-/// The superblock, when the orphan list changes, and the neighbour inode on it.
+/// The superblock, when the orphan list changes, and the neighbour inode on it; or a block of the
+/// orphan file.
 pub const ORPHAN: u32 = 2;
 
 /// The superblock.

@@ -69,6 +69,7 @@ mod map_io;
 mod mount;
 mod namei;
 mod orphan;
+mod orphan_file;
 mod quiet;
 mod readdir;
 mod rename;

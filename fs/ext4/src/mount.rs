@@ -211,6 +211,9 @@ impl Ext4 {
         self.write_super(|sb| {
             if self.journal.has_journal() {
                 sb.set_needs_recovery(!mutant!("needs-recovery-not-set"));
+                if self.uses_orphan_file() {
+                    sb.set_orphan_present(true);
+                }
             } else if !mutant!("dirty-flag-not-set") {
                 let state = sb.state() - State::VALID;
                 sb.set_state(state);
@@ -272,9 +275,11 @@ impl Ext4 {
         self.buffers.write_dirty()?;
         self.buffers.flush_device()?;
         let mut counted = Ok(());
+        let orphans = self.is_orphan_present();
         self.write_super(|sb| {
             counted = self.sum_counts(sb);
             sb.set_needs_recovery(false);
+            sb.set_orphan_present(orphans);
             if !self.had_error() && !self.sb.state().contains(State::ERROR) {
                 let state = sb.state() | (self.sb.state() & State::VALID);
                 sb.set_state(state);
@@ -319,11 +324,13 @@ impl Ext4 {
         self.buffers.flush_device()?;
         let clean = synced.is_ok();
         let mut counted = Ok(());
+        let orphans = self.is_orphan_present();
         self.write_super(|sb| {
             counted = self.sum_counts(sb);
             if clean {
                 sb.set_needs_recovery(false);
-                    if !self.had_error() && !self.sb.state().contains(State::ERROR) {
+                sb.set_orphan_present(orphans);
+                if !self.had_error() && !self.sb.state().contains(State::ERROR) {
                     // Without a journal an image that was not clean at mount (`force`) stays so.
                     let was_valid = self.sb.state() & State::VALID;
                     let state = sb.state() | was_valid;

@@ -1,12 +1,12 @@
 //! Orphans: inodes that a crash must not leave half deleted or half truncated.
 //!
-//! On the disk the list starts in the superblock (`s_last_orphan`) and goes on in
-//! each inode's `i_dtime`. An inode with no links that is still open is on it, and
-//! one that is being truncated. At mount the list, and the orphan file when the
-//! image has one, is worked off.
+//! They stand in the orphan file (see `orphan_file`) when the image has one and a journal, or
+//! else, and when that is full, on a list that starts in the superblock (`s_last_orphan`) and goes
+//! on in each inode's `i_dtime`. An inode with no links that is still open is an orphan, and
+//! one that is being truncated. At mount both are worked off.
 //!
 //! Invariants: the in-memory list has the order of the one on the disk; an inode
-//! is on it at most once.
+//! is an orphan at most once.
 //!
 //! Locks: `Ext4::orphans`, after handle start and before `core`.
 
@@ -16,22 +16,36 @@ use std::sync::Arc;
 use uext_blockdev::mutant;
 use uext_jbd2::Handle;
 use uext_ondisk::features::RoCompat;
-use uext_ondisk::{Corrupt, InodeNumber, LogicalBlock, orphan_file};
+use uext_ondisk::{Corrupt, InodeNumber};
 
 use crate::credits;
 use crate::error::Result;
 use crate::fs::Ext4;
 use crate::inode::Inode;
+use crate::orphan_file::{OrphanFile, Slot};
 
-/// The list in memory: its head and every member's neighbours.
+/// What is known in memory: every orphan and its place, and the head of the list.
 #[derive(Default)]
 pub(crate) struct OrphanList {
     head: Option<InodeNumber>,
     members: HashMap<InodeNumber, Member>,
+    /// The orphan file, when orphans go there.
+    file: Option<OrphanFile>,
 }
 
 struct Member {
     inode: Arc<Inode>,
+    place: Place,
+}
+
+#[derive(Clone, Copy)]
+enum Place {
+    List(Neighbours),
+    File(Slot),
+}
+
+#[derive(Clone, Copy)]
+struct Neighbours {
     previous: Option<InodeNumber>,
     next: Option<InodeNumber>,
 }
@@ -42,39 +56,76 @@ impl OrphanList {
         all.sort_unstable_by_key(|inode| inode.ino);
         all
     }
+
+    /// The neighbours of a member of the list.
+    fn neighbours(&mut self, ino: Option<InodeNumber>) -> Option<(&Arc<Inode>, &mut Neighbours)> {
+        match self.members.get_mut(&ino?)? {
+            Member { inode, place: Place::List(neighbours) } => Some((inode, neighbours)),
+            Member { place: Place::File(_), .. } => None,
+        }
+    }
 }
 
 impl Ext4 {
-    /// Puts an inode on the list; does nothing when it is there.
+    /// Puts an inode into the orphan file or on the list; does nothing when it is there.
     pub(crate) fn orphan_add(&self, handle: &Handle, inode: &Arc<Inode>) -> Result<()> {
         let mut list = self.orphans.lock();
         if list.members.contains_key(&inode.ino) || mutant!("orphan-not-added") {
+            return Ok(());
+        }
+        let slot = match &mut list.file {
+            Some(file) => file.add(handle, inode.ino)?,
+            None => None,
+        };
+        if let Some(slot) = slot {
+            let member = Member { inode: inode.clone(), place: Place::File(slot) };
+            list.members.insert(inode.ino, member);
             return Ok(());
         }
         let next = list.head;
         self.update_super(handle, |sb| sb.set_last_orphan(Some(inode.ino)))?;
         inode.core.lock().dtime = next.map_or(0, |ino| ino.0);
         self.mark_inode_dirty(handle, inode)?;
-        if let Some(after) = next.and_then(|ino| list.members.get_mut(&ino)) {
+        if let Some((_, after)) = list.neighbours(next) {
             after.previous = Some(inode.ino);
         }
-        let member = Member { inode: inode.clone(), previous: None, next };
-        list.members.insert(inode.ino, member);
+        let place = Place::List(Neighbours { previous: None, next });
+        list.members.insert(inode.ino, Member { inode: inode.clone(), place });
         list.head = Some(inode.ino);
         Ok(())
     }
 
-    /// Takes an inode off the list; does nothing when it is not there.
+    /// Takes an inode off the list or out of the file; does nothing when it is in neither.
     pub(crate) fn orphan_del(&self, handle: &Handle, inode: &Inode) -> Result<()> {
         let mut list = self.orphans.lock();
-        let Some(Member { previous, next, .. }) = list.members.get(&inode.ino) else {
-            return Ok(());
-        };
-        let (previous, next) = (*previous, *next);
-        match previous.and_then(|ino| list.members.get_mut(&ino)) {
-            Some(before) => {
-                before.inode.core.lock().dtime = next.map_or(0, |ino| ino.0);
-                self.mark_inode_dirty(handle, &before.inode)?;
+        match list.members.get(&inode.ino).map(|member| member.place) {
+            None => return Ok(()),
+            Some(Place::List(neighbours)) => {
+                self.unlink_orphan(handle, &mut list, neighbours)?;
+                list.members.remove(&inode.ino);
+            }
+            Some(Place::File(slot)) => {
+                if let Some(file) = list.file.as_mut().filter(|_| !mutant!("orphan-not-removed")) {
+                    file.remove(handle, slot)?;
+                }
+                list.members.remove(&inode.ino);
+                return Ok(());
+            }
+        }
+        inode.core.lock().dtime = 0;
+        self.mark_inode_dirty(handle, inode)
+    }
+
+    fn unlink_orphan(
+        &self,
+        handle: &Handle,
+        list: &mut OrphanList,
+        Neighbours { previous, next }: Neighbours,
+    ) -> Result<()> {
+        match list.neighbours(previous) {
+            Some((inode, before)) => {
+                inode.core.lock().dtime = next.map_or(0, |ino| ino.0);
+                self.mark_inode_dirty(handle, inode)?;
                 before.next = next;
             }
             None => {
@@ -84,25 +135,44 @@ impl Ext4 {
                 list.head = next;
             }
         }
-        if let Some(after) = next.and_then(|ino| list.members.get_mut(&ino)) {
+        if let Some((_, after)) = list.neighbours(next) {
             after.previous = previous;
         }
-        list.members.remove(&inode.ino);
-        inode.core.lock().dtime = 0;
-        self.mark_inode_dirty(handle, inode)
+        Ok(())
     }
 
-    /// Every inode on the list.
+    /// Whether orphans stand in the orphan file: what the superblock calls `orphan_present`.
+    pub(crate) fn uses_orphan_file(&self) -> bool {
+        let known = self.sb.features().orphan_file() && self.journal.has_journal();
+        known && !mutant!("orphan-present-not-set")
+    }
+
+    /// Whether the superblock must say that the orphan file holds something, at rest.
+    pub(crate) fn is_orphan_present(&self) -> bool {
+        match &self.orphans.lock().file {
+            Some(file) => !file.is_empty(),
+            None => {
+                self.with_super(|sb| sb.features().ro_compat.contains(RoCompat::ORPHAN_PRESENT))
+            }
+        }
+    }
+
+    /// Every orphan.
     pub(crate) fn orphan_inodes(&self) -> Vec<Arc<Inode>> {
         self.orphans.lock().inodes()
     }
 
     /// Works off what a crash left on the list and in the orphan file.
     pub(crate) fn clean_orphans(&self) -> Result<()> {
-        let mut done = self.clean_orphan_list()?;
-        if self.sb.features().ro_compat.contains(RoCompat::ORPHAN_PRESENT) {
-            done += self.clean_orphan_file()?;
+        let mut done = 0;
+        let present = self.sb.features().ro_compat.contains(RoCompat::ORPHAN_PRESENT);
+        if self.sb.features().orphan_file() && (present || self.journal.has_journal()) {
+            match self.clean_orphan_file(present) {
+                Ok(cleaned) => done += cleaned,
+                Err(error) => self.report(None, &error),
+            }
         }
+        done += self.clean_orphan_list()?;
         if done > 0 {
             log::info!("{}: {done} orphan inodes deleted or truncated", self.name);
         }
@@ -141,7 +211,8 @@ impl Ext4 {
             for (index, inode) in chain.iter().enumerate() {
                 let previous = index.checked_sub(1).map(|i| chain[i].ino);
                 let next = chain.get(index + 1).map(|i| i.ino);
-                list.members.insert(inode.ino, Member { inode: inode.clone(), previous, next });
+                let place = Place::List(Neighbours { previous, next });
+                list.members.insert(inode.ino, Member { inode: inode.clone(), place });
             }
         }
         let mut done = 0;
@@ -154,43 +225,47 @@ impl Ext4 {
         Ok(done)
     }
 
-    fn clean_orphan_file(&self) -> Result<u32> {
-        let Some(file) = self.sb.orphan_file_inum() else {
-            return Err(
-                Corrupt::value("superblock", "orphans are present, but no orphan file").into()
-            );
-        };
-        let file = self.iget(file)?;
-        let blocks = file.core.lock().size.div_ceil(u64::from(self.block_size()));
-        let mut done = 0;
-        for logical in 0..u32::try_from(blocks).unwrap_or(u32::MAX) {
-            let mapping = self.map_lookup(&file, LogicalBlock(logical), 1)?;
-            let Some(block) = mapping.start else { continue };
-            let buf = self.buffers.bread(block.0)?;
-            let seed = file.csum_seed;
-            let members: Vec<InodeNumber> = {
-                let bytes = buf.read();
-                if self.sb.features().metadata_csum() {
-                    orphan_file::verify_checksum(&bytes, seed, block)
-                        .map_err(|c| c.in_inode(file.ino))?;
-                }
-                orphan_file::orphans(&bytes)?.map(|(_, ino)| ino).collect()
-            };
-            for ino in members {
-                let inode = self.iget_deleted(self.sb.check_inode(ino)?)?;
-                self.finish_orphan(&inode)?;
-                done += 1;
-            }
-            let handle = self.start(credits::ORPHAN)?;
-            let mut bytes = handle.write(&buf)?;
-            orphan_file::init(&mut bytes)?;
-            if self.sb.features().metadata_csum() {
-                orphan_file::set_checksum(&mut bytes, seed, block)?;
-            }
+    /// Reads the orphan file, works off what is `present` in it, and leaves it to be used.
+    fn clean_orphan_file(&self, present: bool) -> Result<u32> {
+        let file = self.load_orphan_file()?;
+        let found = file.orphans()?;
+        if let Some((_, ino)) = found.first().filter(|_| !present) {
+            let corrupt = Corrupt::value("orphan file", "holds an inode, and should be empty");
+            return Err(corrupt.in_inode(*ino).into());
         }
-        let handle = self.start(credits::ORPHAN)?;
-        self.update_super(&handle, |sb| sb.set_orphan_present(false))?;
+        self.orphans.lock().file = Some(file);
+        let mut done = 0;
+        for (slot, ino) in found {
+            match self.enter_orphan(slot, ino) {
+                Ok(inode) => self.finish_orphan(&inode)?,
+                // What cannot be followed is given up; e2fsck finds what is left of it.
+                Err(error) => {
+                    self.report(Some(ino), &error);
+                    let handle = self.start(credits::ORPHAN)?;
+                    if let Some(file) = &mut self.orphans.lock().file {
+                        file.remove(&handle, slot)?;
+                    }
+                }
+            }
+            done += 1;
+        }
+        if !self.journal.has_journal() {
+            self.orphans.lock().file = None;
+            let handle = self.start(credits::ORPHAN)?;
+            self.update_super(&handle, |sb| sb.set_orphan_present(false))?;
+        }
         Ok(done)
+    }
+
+    /// Makes an inode of the orphan file known.
+    fn enter_orphan(&self, slot: Slot, ino: InodeNumber) -> Result<Arc<Inode>> {
+        let inode = self.iget_deleted(self.sb.check_inode(ino)?)?;
+        let mut list = self.orphans.lock();
+        if list.members.contains_key(&ino) {
+            return Err(Corrupt::value("orphan file", "names an inode twice").in_inode(ino).into());
+        }
+        list.members.insert(ino, Member { inode: inode.clone(), place: Place::File(slot) });
+        Ok(inode)
     }
 
     /// Deletes an orphan without links, or truncates one with links to its size.

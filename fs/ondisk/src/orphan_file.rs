@@ -55,6 +55,12 @@ pub fn orphans(block: &[u8]) -> Result<impl Iterator<Item = (usize, InodeNumber)
     Ok(used.filter(|(_, inode)| inode.0 != 0))
 }
 
+/// The first free slot of a block.
+pub fn free_slot(block: &[u8]) -> Option<usize> {
+    let (slots, _) = split(block).ok()?;
+    slots.iter().position(|slot| slot.get() == 0)
+}
+
 /// Makes a block of free slots; the checksum is set by [`set_checksum`].
 ///
 /// # Errors
@@ -123,6 +129,10 @@ mod tests {
         assert_eq!(set_slot(&mut block, 3, InodeNumber(77)), Ok(InodeNumber(0)));
         assert!(set_slot(&mut block, 254, InodeNumber(1)).is_err());
         assert_eq!(orphans(&block).unwrap().collect::<Vec<_>>(), [(3, InodeNumber(77))]);
+        set_slot(&mut block, 0, InodeNumber(5)).unwrap();
+        assert_eq!(free_slot(&block), Some(1));
+        set_slot(&mut block, 0, InodeNumber(0)).unwrap();
+        assert_eq!((free_slot(&block), free_slot(&[0; 7])), (Some(0), None));
         set_checksum(&mut block, 9, FsBlock(500)).unwrap();
         assert_eq!(verify_checksum(&block, 9, FsBlock(500)), Ok(()));
         assert!(verify_checksum(&block, 9, FsBlock(501)).is_err());
