@@ -12,7 +12,7 @@
 use std::io::{self, IsTerminal as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -205,6 +205,8 @@ impl Coordinator<'_> {
         let process = Command::new("/proc/self/exe")
             .args(["drive", "--client"])
             .stdin(theirs)
+            // One that hangs would keep whoever reads the figures waiting for their end.
+            .stdout(Stdio::null())
             // A Ctrl-C is for the coordinator.
             .process_group(0)
             .spawn()?;
