@@ -99,6 +99,8 @@ problems! {
     TablesTooLarge = 0x000021, Error,
         "superblock: tables of {num} inodes do not fit the device; cannot go on";
     Feature = 0x000022, Error, "superblock: unsupported feature {text}";
+    SuperInJournal = 0x000025, Error,
+        "the superblock cannot be used: {text}; the journal has it whole";
     JournalDamaged = 0x000024, Error, "the journal cannot be replayed whole: {text}";
     FirstMetaBg = 0x000023, Warning, "superblock: s_first_meta_bg is {num}, {num2} at most";
 

@@ -28,16 +28,24 @@ pub fn look_through<'a>(
     external: Option<&'a dyn BlockDevice>,
     report: &mut Reporter<'_>,
 ) -> Option<ReplayView<'a>> {
-    let primary = superblock(dev).ok();
-    let whole = primary.is_some();
-    let sb = primary.or_else(|| pass0::backups(dev).next().map(|(_, sb)| sb))?;
+    let primary = superblock(dev);
+    let damage = primary.as_ref().err().cloned();
+    let whole = damage.is_none();
+    let sb = primary.ok().or_else(|| pass0::backups(dev).next().map(|(_, sb)| sb))?;
     let features = sb.features();
     let flagged = features.incompat.contains(Incompat::RECOVER);
     if !features.compat.contains(Compat::HAS_JOURNAL) || (whole && !flagged) {
         return None;
     }
     match view(dev, external, &sb, flagged, report) {
-        Ok(view) => view,
+        Ok(view) => {
+            // A log that has the superblock whole hides that a mount by others would fail.
+            let mended = view.as_ref().is_some_and(|view| superblock(view).is_ok());
+            if let Some(text) = damage.filter(|_| mended) {
+                report.problem(Code::SuperInJournal, At::fs().text(text));
+            }
+            view
+        }
         Err(text) => {
             report.problem(Code::JournalNotReplayed, At::fs().text(text));
             None
