@@ -8,9 +8,12 @@ use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
 
 use clap::Parser as _;
+use uext_blockdev::dm::{CrashOptions, LogWrites, SnapshotDevice, UnitSet};
 use uext_blockdev::memory::MemoryDevice;
 use uext_blockdev::{Bio, BioOp, BlkStatus, BlockDevice, QueueLimits};
-use uext_ondisk::superblock::Superblock;
+use uext_ondisk::jbd2::JournalSuperblock;
+use uext_ondisk::superblock::{JournalDevice, Superblock};
+use uext_tools::mkfs::journal_dev::{self, NewJournal};
 use uext_tools::mkfs::options::Options;
 use uext_tools::mkfs::params::{DeviceFacts, Params, Surroundings};
 use uext_tools::mkfs::{MkfsError, format, run};
@@ -258,4 +261,48 @@ fn a_cut_at_any_write_leaves_no_filesystem_or_a_whole_one() {
         }
     }
     assert!(made);
+}
+
+/// A cut at any moment leaves what was there, or nothing, or a whole journal.
+#[test]
+fn a_journal_device_cut_short_is_the_old_filesystem_or_a_journal_or_nothing() {
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("old");
+    std::fs::File::create(&path).unwrap().set_len(4 << 20).unwrap();
+    let args = ["-q", "-F", "-t", "ext4", "-b", "1024", path.to_str().unwrap()];
+    let Some(made) = judge("mke2fs", &args) else { return };
+    assert!(made.status.success());
+    let old = Arc::new(std::fs::read(&path).unwrap());
+    let device = LogWrites::new(MemoryDevice::from_vec(old.as_ref().clone()));
+    let new = NewJournal {
+        block_size: 1024,
+        blocks: 4096,
+        uuid: uuid::Uuid::from_u128(77),
+        label: b"log".to_vec(),
+        now: 1_700_000_000,
+    };
+    journal_dev::make(&*device, &new).unwrap();
+    let start = SnapshotDevice::over_vec(old.clone());
+    let (mut as_before, mut nothing, mut journal) = (0, 0, 0);
+    for point in device.log().crash_points(&start, CrashOptions::default()) {
+        for set in UnitSet::choose(point.units().len(), 3, 8, point.index as u64) {
+            let state = point.state(&set).to_vec().unwrap();
+            let sb = &state[1024..2048];
+            if let Ok(own) = JournalDevice::parse(sb) {
+                let home = own.superblock() as usize * 1024;
+                let found = JournalSuperblock::parse(&state[home..home + 1024]).unwrap();
+                assert_eq!((own.uuid, found.block_count), (new.uuid, 4096));
+                let rest = state[home + 1024..].iter().all(|&byte| byte == 0);
+                assert!(rest, "point {}: the log is not empty", point.index);
+                journal += 1;
+            } else if Superblock::parse(sb).is_ok() {
+                assert!(state == *old, "point {}: half of it is gone", point.index);
+                as_before += 1;
+            } else {
+                nothing += 1;
+            }
+        }
+    }
+    println!("{as_before} as before, {nothing} nothing, {journal} a journal");
+    assert!(as_before > 0 && nothing > 0 && journal > 0);
 }

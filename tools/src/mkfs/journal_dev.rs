@@ -4,7 +4,8 @@
 //! The device begins with a superblock that says it is a journal; the journal's own lies in the
 //! block behind it and lists who uses it.
 //!
-//! Invariants: nothing is a journal until the last write of [`make`]. A filesystem joins a
+//! Invariants: nothing is a journal until the last write of [`make`], and what was on the device is
+//! no filesystem any more before anything else of it changes. A filesystem joins a
 //! journal before it exists itself, so that a cut in between leaves a journal that names a
 //! filesystem which is not there, and never a filesystem that can be mounted without its journal.
 
@@ -62,6 +63,9 @@ pub fn make(dev: &dyn BlockDevice, new: &NewJournal) -> Result<()> {
         usage(format!("a journal of {} blocks: {MIN_BLOCKS} to {}", new.blocks, u32::MAX))
     })?;
     let zeroes = vec![0; ZERO_BYTES];
+    dev.write_at(SUPERBLOCK_OFFSET, &zeroes[..SUPERBLOCK_SIZE], BioFlags::META)
+        .map_err(failed("wiping the old superblock"))?;
+    dev.flush().map_err(failed("flushing the device"))?;
     let end = new.blocks * size;
     let mut at = 0;
     while at < end {
