@@ -100,6 +100,9 @@ impl Ext4 {
             return Err(Error::from(corrupt).into());
         }
         fs.inodes.count_lookup(&root);
+        if !read_only {
+            fs.open_orphan_file()?;
+        }
         Ok(fs)
     }
 

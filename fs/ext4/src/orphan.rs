@@ -225,15 +225,25 @@ impl Ext4 {
         Ok(done)
     }
 
-    /// Reads the orphan file, works off what is `present` in it, and leaves it to be used.
+    /// Reads the orphan file of a filesystem that will be written. A mount without it would leave
+    /// the superblock's mark behind.
+    pub(crate) fn open_orphan_file(&self) -> Result<()> {
+        let present = self.sb.features().ro_compat.contains(RoCompat::ORPHAN_PRESENT);
+        if self.sb.features().orphan_file() && (present || self.journal.has_journal()) {
+            let file = self.load_orphan_file()?;
+            self.orphans.lock().file = Some(file);
+        }
+        Ok(())
+    }
+
+    /// Works off what is `present` in the orphan file, and leaves it to be used.
     fn clean_orphan_file(&self, present: bool) -> Result<u32> {
-        let file = self.load_orphan_file()?;
-        let found = file.orphans()?;
+        let found = self.orphans.lock().file.as_ref().map_or(Ok(Vec::new()), |f| f.orphans())?;
         if let Some((_, ino)) = found.first().filter(|_| !present) {
+            self.orphans.lock().file = None;
             let corrupt = Corrupt::value("orphan file", "holds an inode, and should be empty");
             return Err(corrupt.in_inode(*ino).into());
         }
-        self.orphans.lock().file = Some(file);
         let mut done = 0;
         for (slot, ino) in found {
             match self.enter_orphan(slot, ino) {
