@@ -3,11 +3,12 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::Child;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
 
-use uext_tests::require;
 use uext_tests::scratch::Kind;
 use uext_tests::tree::Rng;
+use uext_tests::{require, run, uext};
 
 use crate::mapping::Mapping;
 use crate::{EXT4, Mounted, limited};
@@ -106,11 +107,22 @@ fn taking_a_range_out_beside_a_dirty_mapping_does_not_wait_for_itself() {
         m = mmap.mmap(f.fileno(), 65536); m[40000:40003] = b'new'\n\
         fcntl.ioctl(f.fileno(), 0x40105503, struct.pack('QQ', 4096, 4096))\n\
         assert os.fstat(f.fileno()).st_size == 61440\n";
-    let status = limited(20, "python3")
+    let mut child = limited(60, "python3")
         .args(["-c", program])
         .arg(mounted.path().join("file"))
-        .status()
+        .spawn()
         .expect("start python3");
-    assert!(status.success(), "{status}");
+    let end = Instant::now() + Duration::from_secs(30);
+    let ended = loop {
+        match child.try_wait().expect("wait") {
+            None if Instant::now() < end => std::thread::sleep(Duration::from_millis(20)),
+            ended => break ended,
+        }
+    };
+    if ended.is_none() {
+        // Nobody can kill it, but its connection can be aborted.
+        run(Command::new(uext()).args(["umount", "--force"]).arg(mounted.path()));
+    }
+    assert!(ended.is_some_and(|status| status.success()), "{ended:?}");
     mounted.finish();
 }

@@ -258,11 +258,15 @@ impl Ext4 {
     /// `EROFS` when it cannot be written: it was mounted read-only, or an error made it so.
     pub(crate) fn remount(&self, flags: RemountFlags) -> Result<()> {
         self.check_alive()?;
-        self.atime.change(flags);
         let read_only = flags.contains(RemountFlags::READ_ONLY);
-        if read_only == self.is_read_only() {
-            return Ok(());
+        if read_only != self.is_read_only() {
+            self.set_read_only(read_only)?;
         }
+        self.atime.change(flags);
+        Ok(())
+    }
+
+    fn set_read_only(&self, read_only: bool) -> Result<()> {
         if !read_only {
             if !self.mounted_writable || self.had_error() || self.journal.aborted().is_some() {
                 return Err(Errno::EROFS.into());

@@ -179,12 +179,14 @@ impl Ext4 {
             // As if nobody waited for the data: a commit comes before it.
             let Batch { pages, segments, set, .. } = &*batch;
             let late = segments.iter().map(|s| self.data_bio(set, pages, s, 0).0).collect();
-            self.map_segments(inode, batch, size, &mut first_error);
+            let Batch { pages, segments, group, .. } = &mut *batch;
+            self.map_segments(inode, pages, segments, group, size, &mut first_error);
             self.journal.commit_all()?;
             self.buffers.device().submit_bios_wait(late);
         } else {
             self.write_segments(inode, batch, &mut first_error);
-            self.map_segments(inode, batch, size, &mut first_error);
+            let Batch { pages, segments, group, .. } = &mut *batch;
+            self.map_segments(inode, pages, segments, group, size, &mut first_error);
         }
         self.finish_pages(inode, &mut batch.pages, size, &mut first_error);
         first_error.map_or(Ok(()), Err)
@@ -320,8 +322,25 @@ impl Ext4 {
     /// Writes the data of all segments; those that fail are taken out.
     fn write_segments(&self, inode: &Inode, batch: &mut Batch, first_error: &mut Option<Error>) {
         let Batch { pages, segments, failed, bios, set, .. } = batch;
-        failed.resize(segments.len(), None);
-        for (index, segment) in segments.iter().enumerate() {
+        self.queue_data(set, pages, segments, bios, failed);
+        self.submit_data(bios, failed);
+        let mut statuses = failed.drain(..);
+        self.drop_failed(inode, pages, segments, || statuses.next().flatten(), first_error);
+    }
+
+    /// Adds the writes of segments to `bios`, and a place for each segment's result to `failed`;
+    /// submits what fills a batch.
+    pub(crate) fn queue_data(
+        &self,
+        set: &BioSet,
+        pages: &[Page],
+        segments: &[Segment],
+        bios: &mut Vec<Bio>,
+        failed: &mut Vec<Option<BlkStatus>>,
+    ) {
+        for segment in segments {
+            let index = failed.len();
+            failed.push(None);
             let mut skip = 0;
             while skip < segment.len {
                 let (mut bio, len) = self.data_bio(set, pages, segment, skip);
@@ -333,9 +352,6 @@ impl Ext4 {
                 }
             }
         }
-        self.submit_data(bios, failed);
-        let mut statuses = failed.drain(..);
-        self.drop_failed(inode, pages, segments, || statuses.next().flatten(), first_error);
     }
 
     /// Takes out the segments whose write failed; `status_of_next` tells of each in turn.
@@ -383,13 +399,7 @@ impl Ext4 {
 
     /// The write of a segment from its `skip`th block on, from the pages' own memory, and how many
     /// blocks that are.
-    pub(crate) fn data_bio(
-        &self,
-        set: &BioSet,
-        pages: &[Page],
-        segment: &Segment,
-        skip: u32,
-    ) -> (Bio, u32) {
+    fn data_bio(&self, set: &BioSet, pages: &[Page], segment: &Segment, skip: u32) -> (Bio, u32) {
         let block_size = u64::from(self.block_size());
         // Without a journal a freed block of metadata is free at once.
         let place = segment.start().0;
@@ -430,20 +440,8 @@ impl Ext4 {
         }
     }
 
-    /// Maps what was written.
-    fn map_segments(
-        &self,
-        inode: &Inode,
-        batch: &mut Batch,
-        size: u64,
-        first_error: &mut Option<Error>,
-    ) {
-        let Batch { pages, segments, group, .. } = batch;
-        self.map_written_segments(inode, pages, segments, group, size, first_error);
-    }
-
     /// Maps segments whose data was written; `group` is empty, before and after.
-    pub(crate) fn map_written_segments(
+    pub(crate) fn map_segments(
         &self,
         inode: &Inode,
         pages: &mut [Page],

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use uext_blockdev::mutant;
 use uext_sync::MutexGuard;
 
-use crate::batch::{BATCH_BIOS, BATCH_PAGES, Batch, Page};
+use crate::batch::{BATCH_PAGES, Batch, Page};
 use crate::error::{Error, Result};
 use crate::fs::Ext4;
 use crate::inode::Inode;
@@ -37,8 +37,10 @@ struct File<'a> {
     size: u64,
     pages: Vec<Page>,
     segments: Vec<Segment>,
-    /// Segments at first, and where their results begin.
+    /// Where the results of its segments are.
     results: std::ops::Range<usize>,
+    /// The first failure.
+    error: Option<Error>,
 }
 
 impl Ext4 {
@@ -56,7 +58,7 @@ impl Ext4 {
             let (mut files, mut pages) = (Vec::new(), 0);
             while files.len() < GROUP_FILES && pages + SMALL_PAGES <= BATCH_PAGES {
                 let Some(inode) = rest.next() else { break };
-                if let Some(file) = self.begin_small(inode, &mut batch, &mut first_error) {
+                if let Some(file) = self.begin_small(inode, &mut batch) {
                     pages += file.pages.len();
                     files.push(file);
                 }
@@ -70,12 +72,7 @@ impl Ext4 {
     }
 
     /// Locks the dirty pages of a small file and finds places for them.
-    fn begin_small<'a>(
-        &self,
-        inode: &'a Inode,
-        batch: &mut Batch,
-        first_error: &mut Option<Error>,
-    ) -> Option<File<'a>> {
+    fn begin_small<'a>(&self, inode: &'a Inode, batch: &mut Batch) -> Option<File<'a>> {
         // What the mutant breaks is written out file by file.
         let single = self.journals_data(inode) || mutant!("mapping-before-data");
         if single || !inode.mapping.has_dirty() {
@@ -100,8 +97,9 @@ impl Ext4 {
         // Read while the pages are locked: what they hold is no shorter than this.
         let size = inode.size();
         let mut segments = Vec::new();
-        self.plan_pages(inode, &mut pages, runs, &mut segments, size, first_error);
-        Some(File { inode, _writeback: writeback, size, pages, segments, results: 0..0 })
+        let mut error = None;
+        self.plan_pages(inode, &mut pages, runs, &mut segments, size, &mut error);
+        Some(File { inode, _writeback: writeback, size, pages, segments, results: 0..0, error })
     }
 
     fn write_group(
@@ -111,32 +109,22 @@ impl Ext4 {
         first_error: &mut Option<Error>,
     ) {
         let Batch { bios, set, failed, group, .. } = batch;
-        failed.clear();
         for file in files.iter_mut() {
-            file.results = failed.len()..failed.len() + file.segments.len();
-            failed.resize(file.results.end, None);
-        }
-        for file in files.iter() {
-            for (segment, index) in file.segments.iter().zip(file.results.clone()) {
-                let mut skip = 0;
-                while skip < segment.len {
-                    let (mut bio, len) = self.data_bio(set, &file.pages, segment, skip);
-                    bio.set_private(index as u64);
-                    bios.push(bio);
-                    skip += len;
-                    if bios.len() == BATCH_BIOS {
-                        self.submit_data(bios, failed);
-                    }
-                }
-            }
+            let from = failed.len();
+            self.queue_data(set, &file.pages, &file.segments, bios, failed);
+            file.results = from..failed.len();
         }
         self.submit_data(bios, failed);
         for file in files {
-            let File { inode, pages, segments, size, results, .. } = file;
+            let File { inode, pages, segments, size, results, error, .. } = file;
             let mut statuses = failed[results.clone()].iter().copied();
-            self.drop_failed(inode, pages, segments, || statuses.next().flatten(), first_error);
-            self.map_written_segments(inode, pages, segments, group, *size, first_error);
-            self.finish_pages(inode, pages, *size, first_error);
+            self.drop_failed(inode, pages, segments, || statuses.next().flatten(), error);
+            self.map_segments(inode, pages, segments, group, *size, error);
+            self.finish_pages(inode, pages, *size, error);
+            if let Some(error) = error.take() {
+                self.report(Some(inode.ino), &error);
+                first_error.get_or_insert(error);
+            }
         }
     }
 }

@@ -29,8 +29,6 @@ use crate::session::Config;
 
 /// Longest name of a file.
 const NAME_MAX: usize = 255;
-/// How long an ioctl waits for the kernel to drop what it has cached of a file.
-const NOTIFY_WAIT: Duration = Duration::from_millis(200);
 /// Longest target of a symbolic link, without its NUL.
 const SYMLINK_MAX: usize = 4095;
 /// Longest name of an extended attribute.
@@ -651,24 +649,12 @@ impl Dispatcher {
         // By its number the caller only hands something in: `_IOW`.
         let writes = cmd >> 30 == 1;
         let Some(notifier) = self.notifier.get().filter(|_| writes) else { return };
-        // It holds the inode's lock over some of them, which attributes alone do not take.
-        let from = if moves_data { 0 } else { -1 };
-        let (notifier, (done, over)) = (notifier.clone(), std::sync::mpsc::channel());
-        let tell = move || {
-            if let Err(errno) = notifier.inval_inode(ino, from, 0) {
-                log::debug!("inode {ino}: the kernel was not told of a change: {errno}");
-            }
-            // Nobody may be waiting any more.
-            let _ = done.send(());
-        };
-        if !moves_data {
-            return tell();
+        if moves_data {
+            return notifier.inval_moved_data(ino);
         }
-        // Pages that a mapping has made dirty are written first, by requests that this thread may
-        // be the one to serve: so the kernel is told by another, and only for a while waited for.
-        match std::thread::Builder::new().name("notify".into()).spawn(tell) {
-            Ok(_) => drop(over.recv_timeout(NOTIFY_WAIT)),
-            Err(error) => log::warn!("inode {ino}: the kernel may show old data: {error}"),
+        // The kernel holds the inode's lock over some of them, which attributes alone do not take.
+        if let Err(errno) = notifier.inval_attributes(ino) {
+            log::debug!("inode {ino}: the kernel was not told of a change: {errno}");
         }
     }
 

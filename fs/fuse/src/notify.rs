@@ -3,7 +3,8 @@
 use std::fs::File;
 use std::io::IoSlice;
 use std::os::fd::AsFd;
-use std::sync::Weak;
+use std::sync::{Weak, mpsc};
+use std::time::Duration;
 
 use nix::sys::uio::writev;
 use uext_vfs::{Errno, Ino, Result};
@@ -11,6 +12,9 @@ use zerocopy::IntoBytes;
 
 use crate::abi;
 use crate::reply::swap_root;
+
+/// How long a request waits for the kernel to drop what it has cached of a file.
+const PATIENCE: Duration = Duration::from_millis(200);
 
 /// Tells the kernel that what it cached has changed behind its back.
 ///
@@ -46,6 +50,24 @@ impl Notifier {
     /// As for [`Notifier::inval_inode`].
     pub(crate) fn inval_attributes(&self, ino: Ino) -> Result<()> {
         self.inval_inode(ino, -1, 0)
+    }
+
+    /// The data of `ino` lies elsewhere since the request that is being served. Waits for the
+    /// kernel to drop what it has cached, but not for ever: it first writes pages that a mapping
+    /// has made dirty, by requests that the calling thread may be the one to serve.
+    pub(crate) fn inval_moved_data(&self, ino: Ino) {
+        let (notifier, (done, over)) = (self.clone(), mpsc::channel());
+        let tell = move || {
+            if let Err(errno) = notifier.inval_inode(ino, 0, 0) {
+                log::debug!("inode {ino}: the kernel was not told of a change: {errno}");
+            }
+            // Nobody may be waiting any more.
+            let _ = done.send(());
+        };
+        match std::thread::Builder::new().name("notify".into()).spawn(tell) {
+            Ok(_) => drop(over.recv_timeout(PATIENCE)),
+            Err(error) => log::warn!("inode {ino}: the kernel may show old data: {error}"),
+        }
     }
 
     /// What `name` in `parent` means changed.

@@ -37,8 +37,6 @@ const VERIFIED: u32 = 1 << 3;
 const WRITE_ERROR: u32 = 1 << 4;
 /// The block was freed; cleared when it gets contents again.
 const FORGOTTEN: u32 = 1 << 5;
-/// It was freed while a write of it was under way, which still is. [dirty set mutex for changes]
-const STALE_WRITE: u32 = 1 << 6;
 
 /// For the order of locks: the contents of a block.
 pub static BLOCK_CONTENTS: Class = Class::new("contents of a block");
@@ -90,14 +88,10 @@ impl DirtyBuffers {
         }
     }
 
-    /// Counts a block in or out of `stale`; `blocks` is locked.
-    fn note_stale(&self, block: u64, is_stale: bool) {
+    /// Changes `stale`; `blocks` is locked.
+    fn change_stale(&self, change: impl FnOnce(&mut BTreeSet<u64>) -> bool) {
         let mut stale = self.stale.lock();
-        if is_stale {
-            stale.insert(block);
-        } else {
-            stale.remove(&block);
-        }
+        change(&mut stale);
         // WHY-RELAXED: see the field.
         self.stale_count.store(stale.len(), Ordering::Relaxed);
     }
@@ -175,8 +169,9 @@ impl BufferHead {
     /// The contents, shared. Waits while somebody writes them or a read from the
     /// device is under way. May be taken again by a thread that holds it.
     pub fn read(&self) -> BufferReadGuard<'_> {
-        let held = BLOCK_CONTENTS.acquire();
-        BufferReadGuard(self.frame.read(usize::from(self.piece)), held)
+        // First, so that the order is checked before this waits.
+        let _held = BLOCK_CONTENTS.acquire();
+        BufferReadGuard { frame: self.frame.read(usize::from(self.piece)), _held }
     }
 
     /// The contents, exclusive. Only journal handles and recovery use it: a change
@@ -187,8 +182,9 @@ impl BufferHead {
     /// concurrent [`bread`](crate::BufferCache::bread) of a block that was not read
     /// yet would fetch it from the device over the new contents.
     pub fn write(&self) -> BufferWriteGuard<'_> {
-        let held = BLOCK_CONTENTS.acquire();
-        BufferWriteGuard(self.frame.write(usize::from(self.piece)), held)
+        // First, so that the order is checked before this waits.
+        let _held = BLOCK_CONTENTS.acquire();
+        BufferWriteGuard { frame: self.frame.write(usize::from(self.piece)), _held }
     }
 
     /// Exclusive access that may be released by another thread, when it is free.
@@ -327,9 +323,8 @@ impl BufferHead {
         self.set(FORGOTTEN);
         self.clear(UPTODATE | VERIFIED | WRITE_ERROR);
         let writing = self.has(WRITEBACK);
-        if writing && !self.has(STALE_WRITE) {
-            self.set(STALE_WRITE);
-            self.dirty.note_stale(self.block, true);
+        if writing {
+            self.dirty.change_stale(|stale| stale.insert(self.block));
         }
         writing
     }
@@ -356,10 +351,11 @@ impl BufferHead {
     pub(crate) fn end_write(&self, ok: bool) {
         let mut blocks = self.dirty.blocks.lock();
         self.dirty.writing.fetch_sub(1, Ordering::Relaxed);
-        if self.has(STALE_WRITE) {
-            self.dirty.note_stale(self.block, false);
+        // WHY-RELAXED: it changes under `blocks`.
+        if self.dirty.stale_count.load(Ordering::Relaxed) > 0 {
+            self.dirty.change_stale(|stale| stale.remove(&self.block));
         }
-        self.clear(WRITEBACK | STALE_WRITE);
+        self.clear(WRITEBACK);
         if ok {
             self.clear(WRITE_ERROR);
         } else if !self.has(FORGOTTEN) {
@@ -392,12 +388,15 @@ impl Drop for BufferHead {
 }
 
 /// A block's contents, shared.
-pub struct BufferReadGuard<'a>(FrameRead<&'a Frame>, #[allow(dead_code)] Held);
+pub struct BufferReadGuard<'a> {
+    frame: FrameRead<&'a Frame>,
+    _held: Held,
+}
 
 impl Deref for BufferReadGuard<'_> {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        &self.0
+        &self.frame
     }
 }
 
@@ -412,17 +411,20 @@ impl Deref for BufferOwnedReadGuard {
 }
 
 /// A block's contents, exclusive.
-pub struct BufferWriteGuard<'a>(FrameWrite<&'a Frame>, #[allow(dead_code)] Held);
+pub struct BufferWriteGuard<'a> {
+    frame: FrameWrite<&'a Frame>,
+    _held: Held,
+}
 
 impl Deref for BufferWriteGuard<'_> {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        &self.0
+        &self.frame
     }
 }
 
 impl DerefMut for BufferWriteGuard<'_> {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.0
+        &mut self.frame
     }
 }

@@ -153,15 +153,8 @@ impl Recovery<'_> {
         plan.commits = commits.len();
         plan.places = Arc::new(target.into_places());
         if plan.damage().is_none() && !commits.is_empty() {
-            let log = ReplayView {
-                limits: ReplayView::limits_over(self.fs),
-                base: DeviceRef::Borrowed(self.fs),
-                log: DeviceRef::Borrowed(self.journal.device),
-                map: plan.map.clone(),
-                block_size: plan.block_size,
-                places: plan.places.clone(),
-                changes: Overlay::new(),
-            };
+            // The plan has only the log so far.
+            let log = plan.view_of(self.fs, self.journal.device);
             let changes = crate::fast_commit::apply(&log, plan.block_size, &commits);
             match changes.and_then(|changes| self.check_room(changes.len()).map(|()| changes)) {
                 Ok(changes) => plan.fast = Some(changes),
