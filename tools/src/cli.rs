@@ -110,6 +110,8 @@ Options of -o, as for the kernel's ext4 where not said otherwise:
   max_ratio=PERCENT  share of dirty pages the mount may have (100 with writeback_cache)
   transport=devfuse|uring|auto   how requests come (devfuse); uring needs the kernel's
                      enable_uring, which the option enable_uring switches on for all
+  cpu_latency=auto|off|MICROSECONDS   how quickly idle CPUs must wake while the mount is
+                     busy (auto: they don't halt on a virtual machine)
   spin=MICROSECONDS  how long a worker looks for the next request before it sleeps (50)
   no_open, open      whether the kernel leaves opens out (no_open)
   splice             reply to large reads by splice (nosplice)

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use uext_blockdev::file::Engine;
 use uext_ext4::{AtimePolicy, DataMode, ErrorsPolicy, MountOptions};
-use uext_fuse::{Config, MountAttr, Transport};
+use uext_fuse::{Config, CpuLatency, MountAttr, Transport};
 
 /// Everything a mount was asked for.
 #[derive(Clone, Debug)]
@@ -130,6 +130,15 @@ impl MountRequest {
                 let micros = number(given()?)?;
                 let micros = Some(micros).filter(|n| *n <= 10_000).ok_or("0 to 10000")?;
                 self.fuse.spin = Duration::from_micros(micros);
+            }
+            "cpu_latency" => {
+                self.fuse.cpu_latency = match given()? {
+                    "auto" => CpuLatency::Auto,
+                    "off" => CpuLatency::Off,
+                    micros => CpuLatency::Within(
+                        micros.parse().map_err(|_| "auto, off or microseconds, up to 65535")?,
+                    ),
+                }
             }
             "read_ahead_kb" => {
                 let kb = u32::try_from(number(given()?)?).map_err(|_| "too large")?;
@@ -409,6 +418,11 @@ mod tests {
         assert!(parse("transport=pigeon").is_err());
         assert_eq!(parse("spin=0").unwrap().fuse.spin, Duration::ZERO);
         assert!(parse("spin=10001").is_err());
+        let latency = |list| parse(list).map(|request| request.fuse.cpu_latency);
+        assert_eq!(latency("rw"), Ok(CpuLatency::Auto));
+        assert_eq!(latency("cpu_latency=off"), Ok(CpuLatency::Off));
+        assert_eq!(latency("cpu_latency=0"), Ok(CpuLatency::Within(0)));
+        assert!(latency("cpu_latency=-1").is_err() && latency("cpu_latency").is_err());
         assert!(parse("max_ratio=101").is_err());
     }
 

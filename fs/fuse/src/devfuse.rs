@@ -22,6 +22,7 @@ use crate::PAGE_SIZE;
 use crate::abi::{self, InHeader, Opcode, OutHeader};
 use crate::dispatch::{Dispatcher, Request};
 use crate::reply::{Answer, ReplyBuf};
+use crate::session::Control;
 use crate::spin::{Luck, Spin};
 use crate::splice::{self, ReplyPipe};
 use crate::sys;
@@ -90,8 +91,7 @@ pub(crate) fn handshake(
 /// What a worker serves, and when it ends.
 pub(crate) struct Served<'a> {
     pub(crate) dispatcher: &'a Dispatcher,
-    /// Set when it is to end.
-    pub(crate) stop: &'a AtomicBool,
+    pub(crate) control: &'a Control,
     /// Whether the thread waits for a request, so that a signal interrupts nothing else.
     pub(crate) waiting: &'a AtomicBool,
     pub(crate) max_write: usize,
@@ -125,7 +125,9 @@ impl Served<'_> {
         let mut slept = !self.lazily;
         let mut served = false;
         loop {
-            let looked = quick.as_ref().filter(|_| served).and_then(|quick| {
+            // A CPU that doesn't halt is not worth looking for.
+            let wants_look = served && !self.control.awake.is_held();
+            let looked = quick.as_ref().filter(|_| wants_look).and_then(|quick| {
                 let look = || match nix::unistd::read(quick, buffers.request_mut(self.max_write)) {
                     Err(Nix::EAGAIN) => None,
                     result => Some(result),
@@ -136,7 +138,7 @@ impl Served<'_> {
                 Some(looked) => looked,
                 None => match self.wait_and_read(device, &mut buffers, &mut slept) {
                     Some(result) => (device, result),
-                    None if self.stop.load(Ordering::SeqCst) => return Ok(()), // PAIRS-WITH: stop
+                    None if self.control.is_stopping() => return Ok(()),
                     None => continue,
                 },
             };
@@ -152,6 +154,9 @@ impl Served<'_> {
                 Err(errno) => return Err(errno.into()),
             };
             served = true;
+            if !self.lazily {
+                self.control.awake.note();
+            }
             match serve_one(device, self.dispatcher, &mut buffers, len) {
                 Ok(()) => {}
                 // The connection is gone, and with it who asked; so nobody counts lookups.
@@ -172,7 +177,7 @@ impl Served<'_> {
         slept: &mut bool,
     ) -> Option<nix::Result<usize>> {
         self.waiting.store(true, Ordering::SeqCst); // PAIRS-WITH: session::Control::kick
-        if self.stop.load(Ordering::SeqCst) {
+        if self.control.is_stopping() {
             self.waiting.store(false, Ordering::SeqCst); // PAIRS-WITH: session::Control::kick
             return None;
         }

@@ -10,6 +10,7 @@
 
 pub mod abi;
 mod attr_readers;
+mod awake;
 mod caller;
 pub mod control;
 mod devfuse;
@@ -29,7 +30,7 @@ mod uring;
 pub use dispatch::{Dispatcher, Request};
 pub use notify::Notifier;
 pub use reply::{Answer, ReplyBuf};
-pub use session::{Config, Pending, Session, SessionError, Source, Stopper, Transport};
+pub use session::{Config, CpuLatency, Pending, Session, SessionError, Source, Stopper, Transport};
 pub use sys::{MountAttr, mount_again, serve_under_pressure};
 
 /// The page the protocol counts in.

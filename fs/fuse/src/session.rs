@@ -30,6 +30,8 @@ use uext_sync::Mutex;
 use uext_vfs::{Errno, FileSystem};
 
 use crate::PAGE_SIZE;
+use crate::awake::Awake;
+pub use crate::awake::CpuLatency;
 use crate::devfuse;
 use crate::dispatch::{AfterUnmount, Dispatcher};
 use crate::mount_table;
@@ -65,6 +67,8 @@ pub struct Config {
     /// How long a worker that has served a request looks for the next before it sleeps; zero:
     /// not at all (`/dev/fuse` only).
     pub spin: Duration,
+    /// How quickly idle CPUs must wake while requests come in quick succession.
+    pub cpu_latency: CpuLatency,
     /// How long the kernel may keep a name.
     pub entry_timeout: Duration,
     /// How long the kernel may keep attributes.
@@ -110,6 +114,7 @@ impl Default for Config {
             enable_uring: false,
             threads: None,
             spin: Duration::from_micros(50),
+            cpu_latency: CpuLatency::Auto,
             entry_timeout: DAY,
             attr_timeout: DAY,
             negative_timeout: DAY,
@@ -393,7 +398,7 @@ impl Workers {
         config: &Config,
     ) -> io::Result<(Self, Arc<Control>)> {
         sys::install_kick()?;
-        let control = Arc::new(Control::default());
+        let control = Arc::new(Control::new(config));
         let mut workers = Self { threads: Vec::new(), rings: None };
         let rings = prepare_rings(device, dispatcher, &control, config);
         dispatcher.offer_uring(rings.is_some());
@@ -477,7 +482,7 @@ fn device_worker(
         let waiting = control.enter();
         let served = devfuse::Served {
             dispatcher: &dispatcher,
-            stop: &control.stop,
+            control: &control,
             waiting: &waiting,
             max_write,
             lazily,
@@ -538,9 +543,9 @@ impl Drop for AbortOnPanic {
     }
 }
 
-/// How workers are stopped.
-#[derive(Default)]
+/// What all workers share: how they are stopped, and where they count requests.
 pub(crate) struct Control {
+    pub(crate) awake: Awake,
     /// Set for good once the workers are to end.
     ///
     /// PAIRS-WITH: `waiting` of each worker, in `Control::stop` and `devfuse::serve`:
@@ -558,6 +563,14 @@ pub(crate) struct Control {
 }
 
 impl Control {
+    fn new(config: &Config) -> Self {
+        Self {
+            awake: Awake::new(config.cpu_latency),
+            stop: AtomicBool::new(false),
+            workers: Mutex::default(),
+        }
+    }
+
     /// Enters the calling thread.
     pub(crate) fn enter(&self) -> Arc<AtomicBool> {
         // PAIRS-WITH: `stop`, see there.

@@ -18,7 +18,9 @@ use nix::mount::{MntFlags, umount2};
 use nix::unistd::linkat;
 use uext_fuse::fuser_front::FuserMount;
 use uext_fuse::null::NullFs;
-use uext_fuse::{Config, Pending, SessionError, Source, Stopper, Transport, mount_table};
+use uext_fuse::{
+    Config, CpuLatency, Pending, SessionError, Source, Stopper, Transport, mount_table,
+};
 
 /// A mount that goes when the test does.
 struct TestMount {
@@ -499,4 +501,39 @@ fn the_fuser_front_serves_the_usual_programs_and_unmounts_once() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(String::from_utf8_lossy(&output.stdout), LISTED);
     assert_eq!(mount_table::mount_at(scratch.path()).unwrap(), None);
+}
+
+/// What the kernel holds CPUs to, in microseconds; none where it can't.
+fn cpu_latency() -> Option<i32> {
+    let mut value = [0; 4];
+    File::open("/dev/cpu_dma_latency").and_then(|mut file| file.read_exact(&mut value)).ok()?;
+    Some(i32::from_le_bytes(value))
+}
+
+#[test]
+fn a_busy_mount_has_cpus_stay_awake() {
+    if cpu_latency().is_none() {
+        let _ = writeln!(std::io::stderr(), "SKIPPED: no /dev/cpu_dma_latency");
+        return;
+    }
+    // A value that nobody else on the machine holds; others' may be smaller.
+    let config = Config { cpu_latency: CpuLatency::Within(4321), ..Config::default() };
+    let Some(mount) = mount(&Kind::Plain, &config) else { return };
+    let end = Instant::now() + Duration::from_secs(30);
+    let mut held = false;
+    while !held && Instant::now() < end {
+        for _ in 0..200 {
+            let _ = fs::remove_file(mount.dir.join("none"));
+            fs::write(mount.dir.join("file"), "").unwrap();
+        }
+        held = cpu_latency().is_some_and(|micros| micros <= 4321);
+    }
+    assert!(held, "{:?}", cpu_latency());
+    let mut lifted = false;
+    while !lifted && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(1));
+        lifted = cpu_latency() != Some(4321);
+    }
+    assert!(lifted, "the mount is idle");
+    mount.umount();
 }

@@ -361,6 +361,7 @@ impl RingWorker {
 
     /// Serves a request here, or has the pool do it; how many went there.
     fn take(&self, ring: &mut Ring<'_>, mut entry: Entry, scratch: &mut Vec<u8>) -> usize {
+        self.control.awake.note();
         if self.may_wait(&entry) {
             self.pool.hand(Job { entry, home: self.shared.clone() });
             return 1;
