@@ -88,7 +88,7 @@ posix: all ## The numbered suite, all of it, on uext and the kernel's ext4 (root
 pjdfstest: all ## pjdfstest on uext and the kernel's ext4: the same result (root)
 	@tests/scripts/pjdfstest.sh $(UEXT)
 
-stress-ng: all ## stress-ng's filesystem stressors on uext and the kernel's ext4, 30 s each (root; an hour)
+stress-ng: all ## stress-ng's filesystem stressors, 30 s each; the kernel's ext4 where one fails (root; half an hour)
 	@tests/scripts/stress-ng.sh $(UEXT)
 
 xfstests: all ## XFSTESTS=dir [ARGS=...]: a built xfstests tree on uext, e2fsck as judge (root)
