@@ -46,6 +46,35 @@ pub(crate) struct Slot {
     pub ino: InodeNumber,
 }
 
+/// Where a name that is not there may be put: good while the directory's `rwsem` is held
+/// exclusively and nothing else is added.
+#[derive(Clone, Debug)]
+pub(crate) struct Room {
+    /// The block of the directory.
+    pub logical: LogicalBlock,
+    /// The same block's buffer.
+    pub buffer: Buffer,
+    /// The offset of the entry whose space it is, bytes.
+    pub offset: usize,
+}
+
+/// What a search for a name came to.
+pub(crate) enum Search {
+    Found(Slot),
+    /// It is not there; some room for it, when the search has met the one place it may go to.
+    Missing(Option<Room>),
+}
+
+impl Search {
+    /// The name's place.
+    pub fn found(self) -> Option<Slot> {
+        match self {
+            Self::Found(slot) => Some(slot),
+            Self::Missing(_) => None,
+        }
+    }
+}
+
 /// What a name leads to, when it is added or redirected.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Target {
@@ -238,32 +267,47 @@ impl Ext4 {
     /// `Corrupt` when a block that may hold it cannot be used. A damaged index is reported
     /// and done without.
     pub(crate) fn find_entry(&self, dir: &Inode, name: &[u8]) -> Result<Option<Slot>> {
+        self.search_entry(dir, name).map(Search::found)
+    }
+
+    /// Finds a name, or where it may be put.
+    ///
+    /// # Errors
+    /// As [`Ext4::find_entry`].
+    pub(crate) fn search_entry(&self, dir: &Inode, name: &[u8]) -> Result<Search> {
+        let by_slot = |slot: Option<Slot>| slot.map_or(Search::Missing(None), Search::Found);
         if self.is_inline(dir) {
-            return self.inline_find(dir, name);
+            return self.inline_find(dir, name).map(by_slot);
         }
         if name == b"." || name == b".." {
-            return self.find_dot(dir, name).map(Some);
+            return self.find_dot(dir, name).map(Search::Found);
         }
-        if self.is_indexed(dir) {
+        let indexed = self.is_indexed(dir);
+        if indexed {
             match self.htree_find(dir, name) {
-                Ok(found) => return found,
+                Ok(search) => return search,
                 Err(damage) => self.report(Some(dir.ino), &damage),
             }
         }
-        self.linear_find(dir, name)
+        match self.linear_find(dir, name, indexed)? {
+            // Where the index would have it is not known.
+            Search::Missing(_) if indexed => Ok(Search::Missing(None)),
+            search => Ok(search),
+        }
     }
 
     /// Looks through every block; those of an index are passed over.
-    fn linear_find(&self, dir: &Inode, name: &[u8]) -> Result<Option<Slot>> {
-        let indexed = self.is_indexed(dir);
+    fn linear_find(&self, dir: &Inode, name: &[u8], indexed: bool) -> Result<Search> {
+        let mut room = None;
         for number in 0..self.dir_blocks(dir)? {
             let logical = LogicalBlock(number);
             let Some(buffer) = self.linear_block(dir, logical, indexed)? else { continue };
-            if let Some(slot) = self.find_in_block(dir, logical, &buffer, name)? {
-                return Ok(Some(slot));
+            match self.search_block(dir, logical, &buffer, name)? {
+                Search::Missing(here) => room = room.or(here),
+                found @ Search::Found(_) => return Ok(found),
             }
         }
-        Ok(None)
+        Ok(Search::Missing(room))
     }
 
     /// A block of a directory that is walked from end to end; `None` for a hole, and for the
@@ -285,24 +329,29 @@ impl Ext4 {
         if is_node { Ok(None) } else { self.leaf_or_hole(dir, logical) }
     }
 
-    /// Finds a name in a linear block.
-    pub(crate) fn find_in_block(
+    /// Finds a name in a linear block, or room for it.
+    pub(crate) fn search_block(
         &self,
         dir: &Inode,
         logical: LogicalBlock,
         buffer: &Buffer,
         name: &[u8],
-    ) -> Result<Option<Slot>> {
+    ) -> Result<Search> {
         let bytes = buffer.read();
-        let found = DirBlock::new(&bytes, self.dir_format())
-            .find(name)
+        let search = DirBlock::new(&bytes, self.dir_format())
+            .search(name, uext_ondisk::dir_entry::entry_size(name.len()))
             .map_err(|c| self.in_dir(dir, logical, c))?;
-        Ok(found.map(|entry| Slot {
-            logical,
-            buffer: buffer.clone(),
-            offset: entry.offset,
-            ino: entry.inode,
-        }))
+        Ok(match (search.found, search.room_at) {
+            (Some(entry), _) => Search::Found(Slot {
+                logical,
+                buffer: buffer.clone(),
+                offset: entry.offset,
+                ino: entry.inode,
+            }),
+            (None, room) => {
+                Search::Missing(room.map(|offset| Room { logical, buffer: buffer.clone(), offset }))
+            }
+        })
     }
 
     /// Finds `.` or `..`: the first two entries of block 0, indexed or not.
@@ -340,6 +389,29 @@ impl Ext4 {
     pub(crate) fn parent_of(&self, dir: &Inode) -> Result<InodeNumber> {
         let _shared = dir.rwsem.read();
         Ok(self.find_dot(dir, b"..")?.ino)
+    }
+
+    /// Adds a name that a search has not found, where the search says if it says so.
+    ///
+    /// # Errors
+    /// As [`Ext4::add_entry`].
+    pub(crate) fn add_missing(
+        &self,
+        handle: &Handle,
+        dir: &Inode,
+        name: &[u8],
+        target: Target,
+        room: Option<Room>,
+    ) -> Result<()> {
+        let Some(Room { logical, buffer, offset }) = room else {
+            return self.add_entry(handle, dir, name, target);
+        };
+        // An index that is not used must go before the change makes it wrong.
+        let stale = !self.is_indexed(dir) && dir.core.lock().flags.contains(InodeFlags::INDEX);
+        if stale || !self.put_entry(handle, dir, (logical, &buffer, offset), name, target)? {
+            return self.add_entry(handle, dir, name, target);
+        }
+        Ok(())
     }
 
     /// Adds a name that is not there.
@@ -417,20 +489,31 @@ impl Ext4 {
         name: &[u8],
         target: Target,
     ) -> Result<bool> {
-        let bad = |c| self.in_dir(dir, logical, c);
         // A block without room is not touched: the journal would have to write it.
         let need = uext_ondisk::dir_entry::entry_size(name.len());
-        let mut fits = false;
-        for entry in DirBlock::new(&buffer.read(), self.dir_format()).entries() {
-            fits |= entry.map_err(bad)?.free_space() >= need;
+        let room = DirBlock::new(&buffer.read(), self.dir_format()).find_room(need);
+        match room.map_err(|c| self.in_dir(dir, logical, c))? {
+            Some(offset) => self.put_entry(handle, dir, (logical, buffer, offset), name, target),
+            None => Ok(false),
         }
-        if !fits {
-            return Ok(false);
-        }
+    }
+
+    /// Puts a name after the entry at an offset of a linear block that was found sound; whether
+    /// there was room.
+    fn put_entry(
+        &self,
+        handle: &Handle,
+        dir: &Inode,
+        (logical, buffer, offset): (LogicalBlock, &Buffer, usize),
+        name: &[u8],
+        target: Target,
+    ) -> Result<bool> {
         let mut bytes = handle.write(buffer)?;
         let mut block = DirBlockMut::new(&mut bytes, self.dir_format());
-        let added = block.insert(name, target.ino, target.file_type).map_err(bad)?;
-        block.set_checksum(dir.csum_seed).map_err(bad)?;
+        let added = block.insert_at(offset, name, target.ino, target.file_type);
+        if added.is_some() {
+            block.set_checksum(dir.csum_seed).map_err(|c| self.in_dir(dir, logical, c))?;
+        }
         Ok(added.is_some())
     }
 

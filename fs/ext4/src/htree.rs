@@ -22,7 +22,7 @@ use uext_ondisk::{Corrupt, LogicalBlock};
 use uext_pagecache::Buffer;
 use uext_vfs::Errno;
 
-use crate::dir::{Slot, Target};
+use crate::dir::{Search, Target};
 use crate::error::{Error, Result};
 use crate::fs::Ext4;
 use crate::inode::Inode;
@@ -186,25 +186,28 @@ impl Ext4 {
         Ok((index < block.count()).then(|| block.entry(index)))
     }
 
-    /// Finds a name by the index.
-    pub(crate) fn htree_find(&self, dir: &Inode, name: &[u8]) -> Result<Result<Option<Slot>>> {
+    /// Finds a name by the index; room for it only in the leaf that it is added to.
+    pub(crate) fn htree_find(&self, dir: &Inode, name: &[u8]) -> Result<Result<Search>> {
         let mut hash = 0;
         let mut path = self.probe(dir, |hasher| {
             hash = hasher.hash(name).hash;
             hash
         })?;
+        let first = path.leaf;
+        let mut room = None;
         for _ in 0..self.dir_blocks(dir)? {
-            let found = self
+            let searched = self
                 .leaf(dir, path.leaf)
-                .and_then(|leaf| self.find_in_block(dir, path.leaf, &leaf, name));
-            match found {
-                Ok(None) => {}
+                .and_then(|leaf| self.search_block(dir, path.leaf, &leaf, name));
+            match searched {
+                Ok(Search::Missing(here)) if path.leaf == first => room = here,
+                Ok(Search::Missing(_)) => {}
                 other => return Ok(other),
             }
             // Names of one hash may go on in the next leaf.
             match self.next_leaf(dir, &mut path)? {
                 Some(next) if next & 1 == 1 && next & !1 == hash => {}
-                _ => return Ok(Ok(None)),
+                _ => return Ok(Ok(Search::Missing(room))),
             }
         }
         let detail = "more leaves of one hash than blocks";

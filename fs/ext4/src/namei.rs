@@ -21,7 +21,7 @@ use uext_sync::RwLockWriteGuard;
 use uext_vfs::{Context, Errno, FileKind};
 
 use crate::credits;
-use crate::dir::Target;
+use crate::dir::{Room, Search, Target};
 use crate::error::{Error, Result};
 use crate::fs::Ext4;
 use crate::ialloc::NewInode;
@@ -284,14 +284,14 @@ impl Ext4 {
         self.with_space(|| {
             let exclusive = dir.rwsem.write();
             self.check_may_create(dir)?;
-            if self.find_entry(dir, name)?.is_some() {
+            let Search::Missing(room) = self.search_entry(dir, name)? else {
                 return Err(Errno::EEXIST.into());
-            }
+            };
             let is_dir = matches!(node, NewNode::Directory { .. });
             if is_dir && self.is_dir_full(dir) {
                 return Err(Errno::EMLINK.into());
             }
-            let made = self.make_locked(ctx, dir, name, node);
+            let made = self.make_locked(ctx, dir, (name, room), node);
             if let Ok(inode) = &made {
                 self.inodes.count_lookup(inode);
             }
@@ -300,12 +300,12 @@ impl Ext4 {
         })
     }
 
-    /// Makes an inode and its name in one handle.
+    /// Makes an inode and its name, with the room that was found for it, in one handle.
     fn make_locked(
         &self,
         ctx: &Context,
         dir: &Arc<Inode>,
-        name: &[u8],
+        (name, room): (&[u8], Option<Room>),
         node: NewNode<'_>,
     ) -> Result<Arc<Inode>> {
         let acls = self.plan_acls(dir, node.mode(), ctx.umask)?;
@@ -317,7 +317,7 @@ impl Ext4 {
             .fill_new(&handle, dir, &inode, node)
             .and_then(|()| self.apply_acls(&handle, &inode, &acls))
             .and_then(|()| self.mark_inode_dirty(&handle, &inode))
-            .and_then(|()| self.add_entry(&handle, dir, name, Target::of(&inode)));
+            .and_then(|()| self.add_missing(&handle, dir, name, Target::of(&inode), room));
         if let Err(error) = made {
             self.discard_new(handle, &inode);
             return Err(error);
@@ -418,11 +418,11 @@ impl Ext4 {
             if inode.core.lock().nlink >= LINK_MAX {
                 return Err(Errno::EMLINK.into());
             }
-            if self.find_entry(dir, name)?.is_some() {
+            let Search::Missing(room) = self.search_entry(dir, name)? else {
                 return Err(Errno::EEXIST.into());
-            }
+            };
             let handle = self.start_for(ctx, credits::LINK)?;
-            self.add_entry(&handle, dir, name, Target::of(inode))?;
+            self.add_missing(&handle, dir, name, Target::of(inode), room)?;
             let now = self.now();
             let first = {
                 let mut core = inode.core.lock();

@@ -191,6 +191,35 @@ impl DirEntry<'_> {
     }
 }
 
+/// The numbers of an entry, checked.
+struct Header {
+    inode: u32,
+    rec_len: usize,
+    name_len: usize,
+    file_type: u8,
+}
+
+impl Header {
+    /// Bytes that the entry itself needs.
+    fn used(&self) -> usize {
+        if self.inode != 0 { entry_size(self.name_len) } else { 0 }
+    }
+
+    /// Bytes after the entry that another could take.
+    fn free_space(&self) -> usize {
+        self.rec_len - self.used()
+    }
+}
+
+/// What a search of a block came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Search<'a> {
+    /// The used entry of the name.
+    pub found: Option<DirEntry<'a>>,
+    /// The offset of the first entry, before that of the name, with the room that was asked for.
+    pub room_at: Option<usize>,
+}
+
 /// A linear directory block.
 #[derive(Clone, Copy)]
 pub struct DirBlock<'a> {
@@ -225,12 +254,21 @@ impl<'a> DirBlock<'a> {
         self.sound_entry_at(at, end).ok_or_else(|| self.fault_at(at, end))
     }
 
-    /// The entry at an offset, when nothing is wrong with it. Directories are searched with this,
-    /// some hundred entries for each name that is made; what is wrong is
-    /// [`DirBlock::fault_at`]'s.
+    /// The entry at an offset, when nothing is wrong with it.
     #[inline]
     fn sound_entry_at(&self, at: usize, end: usize) -> Option<DirEntry<'a>> {
-        let (raw, tail) = RawDirEntry::ref_from_prefix(self.bytes.get(at..end)?).ok()?;
+        let Header { inode, rec_len, name_len, file_type } = self.sound_header_at(at, end)?;
+        let file_type = if self.format.filetype { file_type } else { 0 };
+        let name = self.bytes.get(at + ENTRY_HEADER..)?.get(..name_len)?;
+        Some(DirEntry { offset: at, rec_len, inode: InodeNumber(inode), file_type, name })
+    }
+
+    /// The header of the entry at an offset, when nothing is wrong with it: its name lies in
+    /// the block, and so does what follows. Directories are searched with this, some hundred
+    /// entries for each name that is made; what is wrong is [`DirBlock::fault_at`]'s.
+    #[inline]
+    fn sound_header_at(&self, at: usize, end: usize) -> Option<Header> {
+        let (raw, _) = RawDirEntry::ref_from_prefix(self.bytes.get(at..end)?).ok()?;
         let room = end - at;
         let rec_len = rec_len_from_disk(raw.rec_len.get(), self.bytes.len());
         let name_len = usize::from(raw.name_len);
@@ -241,12 +279,7 @@ impl<'a> DirBlock<'a> {
             && entry_size(name_len) <= rec_len
             && (rec_len == room || room - rec_len >= MIN_ENTRY)
             && inode <= self.format.inodes_count;
-        if !sound {
-            return None;
-        }
-        let file_type = if self.format.filetype { raw.file_type } else { 0 };
-        let name = tail.get(..name_len)?;
-        Some(DirEntry { offset: at, rec_len, inode: InodeNumber(inode), file_type, name })
+        sound.then_some(Header { inode, rec_len, name_len, file_type: raw.file_type })
     }
 
     /// What is wrong with the entry at an offset.
@@ -279,13 +312,76 @@ impl<'a> DirBlock<'a> {
     /// # Errors
     /// The first bad entry met before it.
     pub fn find(&self, name: &[u8]) -> Result<Option<DirEntry<'a>>> {
-        for entry in self.entries() {
-            let entry = entry?;
-            if entry.in_use() && entry.name == name {
-                return Ok(Some(entry));
+        self.walk(Some(name), usize::MAX).map(|search| search.found)
+    }
+
+    /// Looks for a name, and on the way for the first entry that leaves `room` bytes for
+    /// another. Who finds no name has seen the whole block sound.
+    ///
+    /// # Errors
+    /// The first bad entry met.
+    pub fn search(&self, name: &[u8], room: usize) -> Result<Search<'a>> {
+        self.walk(Some(name), room)
+    }
+
+    /// As [`DirBlock::search`]; without a name the whole block is looked at.
+    #[inline]
+    fn walk(&self, name: Option<&[u8]>, room: usize) -> Result<Search<'a>> {
+        let end = self.end();
+        let (mut at, mut room_at) = (0, None);
+        while at < end {
+            let Some(header) = self.sound_header_at(at, end) else {
+                return Err(self.fault_at(at, end));
+            };
+            if let Some(name) = name
+                && header.inode != 0
+                && header.name_len == name.len()
+                && self.has_name(at, name)
+            {
+                return Ok(Search { found: self.sound_entry_at(at, end), room_at });
             }
+            if room_at.is_none() && header.free_space() >= room {
+                room_at = Some(at);
+            }
+            at += header.rec_len;
         }
-        Ok(None)
+        Ok(Search { found: None, room_at })
+    }
+
+    /// The first entry that leaves `room` bytes for another, when the whole block is sound.
+    ///
+    /// # Errors
+    /// The first bad entry.
+    pub fn find_room(&self, room: usize) -> Result<Option<usize>> {
+        self.walk(None, room).map(|search| search.room_at)
+    }
+
+    /// Walks to the used entry at an offset: the offset and length of the one before, and its
+    /// length.
+    fn walk_to(&self, offset: usize) -> Result<(Option<(usize, usize)>, usize)> {
+        let end = self.end();
+        let (mut at, mut before) = (0, None);
+        while at < end && at <= offset {
+            let Some(header) = self.sound_header_at(at, end) else {
+                return Err(self.fault_at(at, end));
+            };
+            if at == offset && header.inode != 0 {
+                return Ok((before, header.rec_len));
+            }
+            before = Some((at, header.rec_len));
+            at += header.rec_len;
+        }
+        Err(Corrupt::value(WHAT, format!("no used entry begins at {offset}")))
+    }
+
+    /// Whether the name of the sound entry at an offset, which is as long, is this. Names of a
+    /// directory often differ in their ends alone.
+    #[inline]
+    fn has_name(&self, at: usize, name: &[u8]) -> bool {
+        let start = at + ENTRY_HEADER;
+        self.bytes
+            .get(start..start + name.len())
+            .is_some_and(|there| there.last() == name.last() && there == name)
     }
 
     /// Checks the tail and its checksum.
@@ -438,22 +534,34 @@ impl<'a> DirBlockMut<'a> {
         file_type: FileType,
     ) -> Result<Option<usize>> {
         assert!(!name.is_empty() && name.len() <= NAME_MAX, "name of {} bytes", name.len());
-        let need = entry_size(name.len());
-        let mut place = None;
-        for entry in self.view().entries() {
-            let entry = entry?;
-            if entry.free_space() >= need {
-                let used = if entry.in_use() { entry_size(entry.name.len()) } else { 0 };
-                place = Some((entry.offset, entry.rec_len, used));
-                break;
-            }
+        let Some(at) = self.view().find_room(entry_size(name.len()))? else { return Ok(None) };
+        Ok(self.insert_at(at, name, inode, file_type))
+    }
+
+    /// Puts an entry into the space that the entry at an offset, as
+    /// [`DirBlock::search`] gave it, leaves; its offset, or `None` when it does not fit there.
+    ///
+    /// # Panics
+    /// As [`DirBlockMut::insert`].
+    pub fn insert_at(
+        &mut self,
+        at: usize,
+        name: &[u8],
+        inode: InodeNumber,
+        file_type: FileType,
+    ) -> Option<usize> {
+        assert!(!name.is_empty() && name.len() <= NAME_MAX, "name of {} bytes", name.len());
+        let view = self.view();
+        let header = view.sound_header_at(at, view.end())?;
+        if header.free_space() < entry_size(name.len()) {
+            return None;
         }
-        let Some((offset, rec_len, used)) = place else { return Ok(None) };
+        let (used, rec_len) = (header.used(), header.rec_len);
         if used != 0 {
-            self.set_rec_len(offset, used);
+            self.set_rec_len(at, used);
         }
-        self.write_entry(offset + used, rec_len - used, inode, file_type, name);
-        Ok(Some(offset + used))
+        self.write_entry(at + used, rec_len - used, inode, file_type, name);
+        Some(at + used)
     }
 
     /// Appends an entry that takes the rest of the block from `at` to its end:
@@ -486,19 +594,7 @@ impl<'a> DirBlockMut<'a> {
     /// # Errors
     /// A bad entry met on the way, or `Value` when no used entry begins there.
     pub fn remove(&mut self, offset: usize) -> Result<()> {
-        let mut before: Option<(usize, usize)> = None;
-        let mut found = None;
-        for entry in self.view().entries() {
-            let entry = entry?;
-            if entry.offset == offset && entry.in_use() {
-                found = Some(entry.rec_len);
-                break;
-            }
-            before = Some((entry.offset, entry.rec_len));
-        }
-        let Some(rec_len) = found else {
-            return Err(Corrupt::value(WHAT, format!("no used entry begins at {offset}")));
-        };
+        let (before, rec_len) = self.view().walk_to(offset)?;
         match before {
             Some((previous, previous_len)) => {
                 self.bytes[offset..offset + rec_len].fill(0);
@@ -523,15 +619,11 @@ impl<'a> DirBlockMut<'a> {
         inode: InodeNumber,
         file_type: FileType,
     ) -> Result<()> {
-        for entry in self.view().entries() {
-            let entry = entry?;
-            if entry.offset == offset && entry.in_use() {
-                let (rec_len, name_len) = (entry.rec_len, entry.name.len());
-                self.write_header(offset, rec_len, name_len, inode, file_type);
-                return Ok(());
-            }
-        }
-        Err(Corrupt::value(WHAT, format!("no used entry begins at {offset}")))
+        let view = self.view();
+        let (_, rec_len) = view.walk_to(offset)?;
+        let name_len = view.sound_header_at(offset, view.end()).map_or(0, |header| header.name_len);
+        self.write_header(offset, rec_len, name_len, inode, file_type);
+        Ok(())
     }
 
     /// Sets the checksum; nothing without metadata_csum.
@@ -638,7 +730,51 @@ mod tests {
         prop::collection::vec(prop_oneof![3 => insert, 1 => remove], 0..120)
     }
 
+    /// What [`DirBlock::search`] promises, by the entries one by one.
+    fn search_by_entries<'a>(block: DirBlock<'a>, name: &[u8], room: usize) -> Result<Search<'a>> {
+        let mut room_at = None;
+        for entry in block.entries() {
+            let entry = entry?;
+            if entry.in_use() && entry.name == name {
+                return Ok(Search { found: Some(entry), room_at });
+            }
+            room_at = room_at.or_else(|| (entry.free_space() >= room).then_some(entry.offset));
+        }
+        Ok(Search { found: None, room_at })
+    }
+
     proptest! {
+        #[test]
+        fn a_search_is_a_walk_by_entries(
+            steps in steps(), damage: Option<(usize, u8)>, room in 12usize..300, csum: bool,
+        ) {
+            let format = DirFormat { csum, ..FORMAT };
+            let mut bytes = vec![0; 1024];
+            let mut block = DirBlockMut::new(&mut bytes, format);
+            block.init_empty();
+            let mut all = vec![b"none".to_vec()];
+            for (at, step) in steps.into_iter().enumerate() {
+                let Step::Insert(name, inode) = step else { continue };
+                let place = block.insert(&name, InodeNumber(inode), FileType::Regular).unwrap();
+                if let Some(offset) = place.filter(|_| at % 3 == 0) {
+                    block.remove(offset).unwrap();
+                }
+                all.push(name);
+            }
+            if let Some((at, value)) = damage {
+                bytes[at % 1024] = value;
+            }
+            let block = DirBlock::new(&bytes, format);
+            for name in all {
+                let wanted = search_by_entries(block, &name, room);
+                prop_assert_eq!(block.search(&name, room), wanted.clone());
+                prop_assert_eq!(block.find(&name), wanted.map(|search| search.found));
+            }
+            let nowhere = search_by_entries(block, b"", room);
+            prop_assume!(!nowhere.as_ref().is_ok_and(|search| search.found.is_some()));
+            prop_assert_eq!(block.find_room(room), nowhere.map(|search| search.room_at));
+        }
+
         #[test]
         fn a_block_behaves_like_a_map(steps in steps(), csum: bool, filetype: bool) {
             let format = DirFormat { csum, filetype, ..FORMAT };
