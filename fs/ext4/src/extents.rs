@@ -117,6 +117,38 @@ impl Path {
     }
 }
 
+/// The extents of a file that has them all in its inode, as most files have: a [`Path`] without
+/// the memory for blocks, which is dear to move about.
+pub(crate) struct RootLeaf {
+    pub node: ExtentNode<[u8; ROOT_SIZE]>,
+    /// As [`Level::at`].
+    pub at: usize,
+}
+
+impl RootLeaf {
+    /// The root, checked, when it is a leaf.
+    pub fn find(io: &impl MapIo, logical: u32) -> Result<Option<Self>> {
+        let place = |c| io.place(c, None);
+        let node = ExtentNode::new(io.root()).map_err(place)?;
+        if !node.is_leaf() {
+            return Ok(None);
+        }
+        node.check(&io.limits()).map_err(place)?;
+        let at = node.search(LogicalBlock(logical)).map_or(0, |at| at + 1);
+        Ok(Some(Self { node, at }))
+    }
+
+    /// Writes the root.
+    pub fn store(mut self, io: &impl MapIo) {
+        if self.node.is_empty() {
+            self.node = ExtentNode::init([0; ROOT_SIZE], 0);
+        }
+        let mut root = [0; ROOT_SIZE];
+        root.copy_from_slice(self.node.bytes());
+        io.set_root(&root);
+    }
+}
+
 /// An empty root for a new file.
 #[cfg(test)]
 pub(crate) fn empty_root() -> [u8; ROOT_SIZE] {
@@ -134,9 +166,23 @@ pub(crate) fn tree_depth(io: &impl MapIo) -> Result<(u16, usize)> {
 
 /// Where the blocks from `logical` on lie, as far as one extent or hole goes.
 pub(crate) fn lookup(io: &impl MapIo, logical: u32) -> Result<Mapping> {
+    if let Some(RootLeaf { node, at }) = RootLeaf::find(io, logical)? {
+        return mapping_of(io, &node, at, MAX_BLOCKS, logical);
+    }
     let mut path = Path::find(io, logical)?;
     let limit = path.limit;
     let Level { node, at, .. } = path.leaf();
+    mapping_of(io, node, *at, limit, logical)
+}
+
+/// What a leaf says of `logical`; `at` of its extents begin there or before it.
+fn mapping_of<B: AsRef<[u8]>>(
+    io: &impl MapIo,
+    node: &ExtentNode<B>,
+    at: usize,
+    limit: u32,
+    logical: u32,
+) -> Result<Mapping> {
     if let Some(extent) = at.checked_sub(1).and_then(|at| node.extent(at))
         && let Some(start) = extent.map(LogicalBlock(logical))
     {
@@ -144,24 +190,26 @@ pub(crate) fn lookup(io: &impl MapIo, logical: u32) -> Result<Mapping> {
         io.check_run(start, len)?;
         return Ok(Mapping { start: Some(start), len, unwritten: extent.unwritten });
     }
-    let next = node.logical(*at).map_or(limit, |next| next.0);
+    let next = node.logical(at).map_or(limit, |next| next.0);
     Ok(Mapping::hole(next.saturating_sub(logical).max(1)))
 }
 
 /// Where to look for blocks for `logical`: after the extent before it.
 pub(crate) fn goal(io: &impl MapIo, logical: u32) -> Result<Option<FsBlock>> {
+    let after = |extent: Extent| {
+        // A file written with gaps keeps them, so that filling them makes it contiguous.
+        let gap = u64::from(logical) - u64::from(extent.logical.0);
+        extent.start + gap.min(u64::from(MAX_WRITTEN_LEN))
+    };
+    if let Some(RootLeaf { node, at }) = RootLeaf::find(io, logical)? {
+        return Ok(at.checked_sub(1).and_then(|at| node.extent(at)).map(after));
+    }
     let mut path = Path::find(io, logical)?;
     let depth = path.depth();
     let parent = path.levels[depth].block;
     let Level { node, at, .. } = path.leaf();
     let before = at.checked_sub(1).and_then(|at| node.extent(at));
-    Ok(before
-        .map(|extent| {
-            // A file written with gaps keeps them, so that filling them makes it contiguous.
-            let gap = u64::from(logical) - u64::from(extent.logical.0);
-            extent.start + gap.min(u64::from(MAX_WRITTEN_LEN))
-        })
-        .or(parent))
+    Ok(before.map(after).or(parent))
 }
 
 /// Maps a hole. The run must not touch what is mapped, and its blocks must be the caller's.
@@ -169,24 +217,48 @@ pub(crate) fn goal(io: &impl MapIo, logical: u32) -> Result<Option<FsBlock>> {
 /// # Errors
 /// `ENOSPC` for a node that could not be allocated; nothing is mapped then.
 pub(crate) fn insert(io: &impl MapIo, extent: Extent) -> Result<()> {
-    let mut path = Path::find(io, extent.logical.0)?;
-    let limit = u64::from(path.limit);
-    let Level { node, at, .. } = path.leaf();
-    let before = at.checked_sub(1).and_then(|at| node.extent(at));
-    let end = node.logical(*at).map_or(limit, |next| u64::from(next.0));
-    if before.is_some_and(|b| b.end() > u64::from(extent.logical.0)) || extent.end() > end {
-        let corrupt =
-            Corrupt::value("extent tree", "an extent is in the way").at_logical(extent.logical);
-        return Err(io.place(corrupt, None));
-    }
-    if merge(path.leaf(), extent) {
-        return store_merged(io, path);
+    if let Some(mut leaf) = RootLeaf::find(io, extent.logical.0)? {
+        check_hole(io, &leaf.node, leaf.at, MAX_BLOCKS, extent)?;
+        if merge(&mut leaf.node, leaf.at, extent)
+            || leaf.node.insert_extent(leaf.at, extent).is_ok()
+        {
+            leaf.store(io);
+            return Ok(());
+        }
+    } else {
+        let mut path = Path::find(io, extent.logical.0)?;
+        let limit = path.limit;
+        let Level { node, at, .. } = path.leaf();
+        check_hole(io, node, *at, limit, extent)?;
+        if merge(node, *at, extent) {
+            return store_merged(io, path);
+        }
     }
     let mut path = make_room(io, extent.logical.0, 1)?;
     let Level { node, at, .. } = path.leaf();
     let at = *at;
     expect_room(io, node.insert_extent(at, extent))?;
     path.store_leaf(io)
+}
+
+/// Checks that nothing of an extent that is to be mapped is mapped already.
+fn check_hole<B: AsRef<[u8]>>(
+    io: &impl MapIo,
+    node: &ExtentNode<B>,
+    at: usize,
+    limit: u32,
+    extent: Extent,
+) -> Result<()> {
+    let before = at.checked_sub(1).and_then(|at| node.extent(at));
+    let end = node.logical(at).map_or(limit, |next| next.0);
+    if before.is_some_and(|b| b.end() > u64::from(extent.logical.0))
+        || extent.end() > u64::from(end)
+    {
+        let corrupt =
+            Corrupt::value("extent tree", "an extent is in the way").at_logical(extent.logical);
+        return Err(io.place(corrupt, None));
+    }
+    Ok(())
 }
 
 /// Room that was made is there; a tree that says otherwise is damaged.
@@ -214,24 +286,26 @@ fn store_merged(io: &impl MapIo, mut path: Path) -> Result<()> {
     io.free_node(block)
 }
 
-/// Adds the extent to its neighbours in the leaf when it continues them.
-fn merge(leaf: &mut Level, extent: Extent) -> bool {
-    let Level { node, at, .. } = leaf;
+/// Adds the extent to its neighbours in the leaf, before and from `at`, when it continues them.
+fn merge<B>(node: &mut ExtentNode<B>, at: usize, extent: Extent) -> bool
+where
+    B: AsRef<[u8]> + AsMut<[u8]>,
+{
     let before = at.checked_sub(1).and_then(|at| node.extent(at)).filter(|b| b.can_merge(&extent));
     let joined = match before {
         Some(before) => Extent { len: before.len + extent.len, ..before },
         None => extent,
     };
-    let after = node.extent(*at).filter(|after| joined.can_merge(after));
+    let after = node.extent(at).filter(|after| joined.can_merge(after));
     match (before, after) {
         (None, None) => return false,
-        (Some(_), None) => node.set_extent(*at - 1, joined),
+        (Some(_), None) => node.set_extent(at - 1, joined),
         (None, Some(after)) => {
-            node.set_extent(*at, Extent { len: extent.len + after.len, ..extent });
+            node.set_extent(at, Extent { len: extent.len + after.len, ..extent });
         }
         (Some(_), Some(after)) => {
-            node.set_extent(*at - 1, Extent { len: joined.len + after.len, ..joined });
-            node.remove(*at..*at + 1);
+            node.set_extent(at - 1, Extent { len: joined.len + after.len, ..joined });
+            node.remove(at..at + 1);
         }
     }
     true
@@ -377,8 +451,8 @@ fn convert(io: &impl MapIo, extent: Extent, from: u32, to: u32) -> Result<()> {
         }
         // Each joins what is before it in place, so there is always room.
         let extent = part(from, to, changed);
-        if !merge(leaf, extent) {
-            let at = leaf.at;
+        let at = leaf.at;
+        if !merge(&mut leaf.node, at, extent) {
             expect_room(io, leaf.node.insert_extent(at, extent))?;
             leaf.at += 1;
         }

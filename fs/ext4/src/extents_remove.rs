@@ -3,11 +3,12 @@
 //! Ranges go from their end to their start, so that a truncation that a crash
 //! interrupts leaves a shorter file behind, never one with its front missing.
 
+use smallvec::SmallVec;
 use uext_ondisk::extent::{Extent, ExtentNode};
 use uext_ondisk::{Corrupt, FsBlock, LogicalBlock};
 
 use crate::error::Result;
-use crate::extents::{Level, Path, make_room};
+use crate::extents::{Level, Path, RootLeaf, make_room};
 use crate::map_io::{Budget, MapIo, NodeBytes, ROOT_SIZE};
 
 /// Unmaps the end of `from..end` and frees its blocks, as much as one leaf holds and the budget
@@ -24,53 +25,112 @@ pub(crate) fn remove_step(
     if from >= end {
         return Ok(None);
     }
+    if let Some(mut leaf) = RootLeaf::find(io, end - 1)? {
+        let Some(cut) = cut(io, &mut leaf.node, leaf.at, (from, end), budget)? else {
+            return remove_in_tree(io, from, end, budget);
+        };
+        if !cut.freed.is_empty() {
+            leaf.store(io);
+        }
+        return cut.finish(io);
+    }
+    remove_in_tree(io, from, end, budget)
+}
+
+/// [`remove_step`] for a tree with blocks, or one that needs a block.
+fn remove_in_tree(
+    io: &impl MapIo,
+    from: u32,
+    end: u32,
+    budget: &mut Budget,
+) -> Result<Option<u32>> {
     let mut path = Path::find(io, end - 1)?;
-    let last = {
+    let Level { node, at, .. } = path.leaf();
+    let first = node.extent(at.saturating_sub(1));
+    let mut done = cut(io, node, *at, (from, end), budget)?;
+    if done.is_none() {
+        let first = first.map_or(end - 1, |extent| extent.logical.0);
+        path = make_room(io, first, 1)?;
         let Level { node, at, .. } = path.leaf();
-        at.checked_sub(1).and_then(|at| node.extent(at))
+        done = cut(io, node, *at, (from, end), budget)?;
+    }
+    let Some(cut) = done else {
+        return Err(io.place(Corrupt::value("extent tree", "a node did not split"), None));
     };
+    if !cut.freed.is_empty() {
+        finish_leaf(io, path)?;
+    }
+    cut.finish(io)
+}
+
+/// What was taken out of a leaf.
+#[derive(Default)]
+struct Cut {
+    /// Blocks of the device to free.
+    freed: SmallVec<[(FsBlock, u32); 4]>,
+    /// Where what is still to be unmapped ends.
+    left: Option<u32>,
+}
+
+impl Cut {
+    /// Frees the blocks.
+    fn finish(self, io: &impl MapIo) -> Result<Option<u32>> {
+        for (start, len) in self.freed {
+            io.free_data(start, len)?;
+        }
+        Ok(self.left)
+    }
+}
+
+/// Takes the end of a range out of a leaf, in which `at` extents begin before the range ends.
+/// Nothing is changed, and `None` given, when a hole in the middle of an extent needs room that
+/// the leaf does not have.
+fn cut<B: AsRef<[u8]> + AsMut<[u8]>>(
+    io: &impl MapIo,
+    node: &mut ExtentNode<B>,
+    at: usize,
+    (from, end): (u32, u32),
+    budget: &mut Budget,
+) -> Result<Option<Cut>> {
+    let last = at.checked_sub(1).and_then(|at| node.extent(at));
     let Some(last) = last.filter(|extent| extent.end() > u64::from(from)) else {
-        return Ok(None);
+        return Ok(Some(Cut::default()));
     };
     let parts = Parts::of(io, last, from, end, &mut budget.clone());
-    if parts.head.is_some() && parts.tail.is_some() {
-        path = make_room(io, last.logical.0, 1)?;
+    if parts.head.is_some() && parts.tail.is_some() && node.is_full() {
+        return Ok(None);
     }
-    let Level { node, at, .. } = path.leaf();
-    let first = last_logical(node, 0);
-    let mut below: Vec<Extent> = node.extents().take(*at).collect();
-    let above: Vec<Extent> = node.extents().skip(*at).collect();
-    let (mut freed, mut tail, mut left) = (Vec::new(), None, None);
-    while let Some(extent) = below.pop_if(|extent| extent.end() > u64::from(from)) {
+    let first = node.logical(0).map_or(0, |logical| logical.0);
+    let mut below: SmallVec<[Extent; 4]> = node.extents().take(at).collect();
+    let above: SmallVec<[Extent; 4]> = node.extents().skip(at).collect();
+    let (mut done, mut tail) = (Cut::default(), None);
+    while let Some(extent) = below.pop() {
+        if extent.end() <= u64::from(from) {
+            below.push(extent);
+            break;
+        }
         let parts = Parts::of(io, extent, from, end, budget);
-        freed.extend(parts.freed);
+        done.freed.extend(parts.freed);
         tail = tail.or(parts.tail);
-        left = parts.left;
+        done.left = parts.left;
         below.extend(parts.head);
         if parts.head.is_some() {
             break;
         }
     }
-    if freed.is_empty() {
-        return Ok(left);
+    if done.freed.is_empty() {
+        return Ok(Some(done));
     }
     let more_below = below.is_empty() && first > from;
     rewrite(io, node, below.into_iter().chain(tail).chain(above))?;
-    finish_leaf(io, path)?;
-    for (start, len) in freed {
-        io.free_data(start, len)?;
-    }
-    Ok(left.or(more_below.then_some(first)))
-}
-
-fn last_logical(node: &ExtentNode<NodeBytes>, at: usize) -> u32 {
-    node.logical(at).map_or(0, |logical| logical.0)
+    done.left = done.left.or(more_below.then_some(first));
+    Ok(Some(done))
 }
 
 /// Replaces the extents of a leaf.
-fn rewrite(
+fn rewrite<B: AsRef<[u8]> + AsMut<[u8]>>(
     io: &impl MapIo,
-    node: &mut ExtentNode<NodeBytes>,
+    node: &mut ExtentNode<B>,
     extents: impl Iterator<Item = Extent>,
 ) -> Result<()> {
     node.remove(0..node.len());
