@@ -13,7 +13,7 @@
 //!
 //! Locks: `order`, then a shard; both leaves for everybody else.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -22,6 +22,7 @@ use uext_pagecache::ErrSeqMark;
 use uext_sync::Mutex;
 
 use crate::inode::Inode;
+use crate::int_hash::IntMap;
 
 /// Shards of the cache, by inode number.
 const SHARDS: usize = 16;
@@ -32,9 +33,9 @@ const BATCH: usize = 64;
 
 #[derive(Default)]
 struct Shard {
-    inodes: HashMap<InodeNumber, Arc<Inode>>,
+    inodes: IntMap<InodeNumber, Arc<Inode>>,
     /// Lookups that a front end owes a forget for.
-    lookups: HashMap<InodeNumber, u64>,
+    lookups: IntMap<InodeNumber, u64>,
 }
 
 /// The inodes in use, and some that were lately.
