@@ -18,7 +18,8 @@ pub trait BlockDevice: Send + Sync {
     fn limits(&self) -> &QueueLimits;
 
     /// Takes a bio; its `end_io` is called when it has finished, from any thread,
-    /// possibly before this returns. Never blocks on the disk.
+    /// possibly before this returns. Never blocks on the disk. An `end_io` must not wait for
+    /// another bio: what it submits may go down only after it returns.
     fn submit_bio(&self, bio: Bio);
 
     /// Takes many at once; a device that can, sorts and merges them and submits

@@ -391,6 +391,37 @@ fn an_end_io_may_submit_more_panic_or_drop_the_device() {
     }
 }
 
+/// What an `end_io` of a worker submits waits for its return; but its worker alone must not
+/// have to do it all.
+#[test]
+fn what_an_end_io_submits_is_shared_among_the_workers() {
+    const BIOS: usize = 4;
+    let place = disk_file();
+    place.resize(1 << 20);
+    let dev = open(place.path(), Engine::Sync);
+    let met = Arc::new((std::sync::Mutex::new(0), std::sync::Condvar::new()));
+    let (done, ends) = channel();
+    let mut first = bio(BioOp::Read, 0, 4096, 0);
+    let next = dev.clone();
+    first.set_end_io(move |_| {
+        for n in 0..BIOS {
+            let (met, done) = (met.clone(), done.clone());
+            let mut more = bio(BioOp::Read, 8 * n as u64, 4096, 0);
+            more.set_end_io(move |bio| {
+                let (count, all) = &*met;
+                let mut count = count.lock().unwrap();
+                *count += 1;
+                all.notify_all();
+                let waited = all.wait_timeout_while(count, LONG, |count| *count < BIOS).unwrap();
+                done.send((bio.status(), waited.1.timed_out())).unwrap();
+            });
+            next.submit_bio(more);
+        }
+    });
+    dev.submit_bio(first);
+    assert_eq!(ends.iter().collect::<Vec<_>>(), [(Ok(()), false); BIOS]);
+}
+
 #[test]
 fn threads_on_one_device_see_their_own_writes() {
     let place = disk_file();

@@ -15,6 +15,10 @@ use super::aio_ring::{AioRing, IoEvent};
 use super::flight::Flight;
 use crate::bio::{BioFlags, BioOp};
 
+/// `IOCB_CMD_PREAD`.
+const CMD_PREAD: u16 = 0;
+/// `IOCB_CMD_PWRITE`.
+const CMD_PWRITE: u16 = 1;
 /// `IOCB_CMD_PREADV`.
 const CMD_PREADV: u16 = 7;
 /// `IOCB_CMD_PWRITEV`.
@@ -46,11 +50,18 @@ impl Iocb {
         let write = flight.bio().is_some_and(|bio| bio.op() == BioOp::Write);
         let fua = flight.bio().is_some_and(|bio| bio.flags().contains(BioFlags::FUA));
         raw.aio_data = data;
-        raw.aio_lio_opcode = if write { CMD_PWRITEV } else { CMD_PREADV };
         raw.aio_rw_flags = if write && fua { libc::RWF_DSYNC } else { 0 };
         raw.aio_fildes = fd.cast_unsigned();
-        raw.aio_buf = iovecs.as_ptr().expose_provenance() as u64;
-        raw.aio_nbytes = iovecs.len() as u64;
+        // One piece, the usual case, needs no array for the kernel to copy.
+        if let [iovec] = iovecs {
+            raw.aio_lio_opcode = if write { CMD_PWRITE } else { CMD_PREAD };
+            raw.aio_buf = iovec.iov_base.expose_provenance() as u64;
+            raw.aio_nbytes = iovec.iov_len as u64;
+        } else {
+            raw.aio_lio_opcode = if write { CMD_PWRITEV } else { CMD_PREADV };
+            raw.aio_buf = iovecs.as_ptr().expose_provenance() as u64;
+            raw.aio_nbytes = iovecs.len() as u64;
+        }
         raw.aio_offset = flight.offset().cast_signed();
         iocb
     }

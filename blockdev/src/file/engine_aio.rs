@@ -252,13 +252,13 @@ impl SharedContext {
                     thread::sleep(Duration::from_millis(1));
                 }
             }
-            if self.taken.lock().has_more() {
-                self.pump();
-            }
             for bio in blocked.drain(..) {
                 self.helper.take_over(bio);
             }
             for (bio, status) in done.drain(..) {
+                if self.taken.lock().is_worth_a_call() {
+                    self.pump();
+                }
                 complete(bio, status);
             }
             if self.taken.lock().has_more() {

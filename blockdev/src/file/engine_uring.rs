@@ -35,7 +35,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use io_uring::{EnterFlags, IoUring, opcode};
-use uext_sync::Mutex;
+use uext_sync::{Mutex, MutexGuard};
 
 use super::EngineQueue;
 use super::batch::{BATCH_DEPTH, BatchPool, Port};
@@ -152,21 +152,39 @@ impl SharedRing {
     /// Moves what waits into the ring, as far as there are places, and submits it
     /// with one system call.
     fn pump(&self) {
-        let _sq = self.sq.lock();
+        let sq = self.sq.lock();
+        if self.fill(&sq) > 0 {
+            submit_all(&self.ring, 0);
+        }
+    }
+
+    /// Moves what waits into the submission queue; how many entries are in that now.
+    fn fill(&self, _sq: &MutexGuard<'_, ()>) -> u32 {
+        // SAFETY: `sq` is held, so this is the only user of the submission queue.
+        let mut entries = unsafe { self.ring.submission_shared() };
         let mut slab = self.taken.lock();
-        let mut entries = 0;
         while let Some(index) = slab.next_flight() {
             let entry = slab.flights[index as usize].entry(u64::from(index));
-            // SAFETY: `sq` is held, so this is the only user of the submission queue;
-            // the flight stays in place and keeps its memory until its completion.
-            let pushed = unsafe { self.ring.submission_shared().push(&entry) };
+            // SAFETY: the flight stays in place and keeps its memory until its completion.
+            let pushed = unsafe { entries.push(&entry) };
             assert!(pushed.is_ok(), "the ring has an entry for each flight");
-            entries += 1;
         }
         drop(slab);
         self.taken.made_room();
-        if entries > 0 {
-            submit_all(&self.ring, 0);
+        // At most the ring's size.
+        entries.len() as u32
+    }
+
+    /// The reaper's: submits what waits and sleeps until a completion is there, with one
+    /// system call.
+    fn submit_and_wait(&self) {
+        let entries = self.fill(&self.sq.lock());
+        // SAFETY: only the reaper uses the completion queue.
+        let want = u32::from(unsafe { self.ring.completion_shared() }.is_empty());
+        if entries > 0 || want > 0 {
+            // Another thread may submit the entries sooner. Then, or when it takes only some
+            // of them, the kernel returns at once, and the next round waits.
+            enter(&self.ring, entries, want);
         }
     }
 
@@ -175,16 +193,13 @@ impl SharedRing {
         let mut stopping = false;
         let mut done = Vec::with_capacity(DEPTH as usize);
         loop {
-            wait_for_one(&self.ring);
+            self.submit_and_wait();
             stopping |= self.collect(&mut done);
-            if self.taken.lock().has_more() {
-                self.pump();
-            }
             for (bio, status) in done.drain(..) {
+                if self.taken.lock().is_worth_a_call() {
+                    self.pump();
+                }
                 complete(bio, status);
-            }
-            if self.taken.lock().has_more() {
-                self.pump();
             }
             if stopping && self.taken.lock().is_idle() {
                 return;
@@ -304,11 +319,13 @@ fn submit_all(ring: &IoUring, want: usize) {
     }
 }
 
-/// Waits until the completion queue isn't empty, or something went wrong.
-fn wait_for_one(ring: &IoUring) {
-    // SAFETY: no argument is passed, and nothing is submitted.
+/// Submits `entries` and waits until there are `want` completions, or something went wrong:
+/// what is left in the queue is for the next call.
+fn enter(ring: &IoUring, entries: u32, want: u32) {
+    // SAFETY: no argument is passed; the entries' flights stay until their completions.
     let result = unsafe {
-        ring.submitter().enter::<libc::sigset_t>(0, 1, EnterFlags::GETEVENTS.bits(), None)
+        let flags = EnterFlags::GETEVENTS.bits();
+        ring.submitter().enter::<libc::sigset_t>(entries, want, flags, None)
     };
     match result {
         Ok(_) => {}

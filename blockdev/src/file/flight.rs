@@ -88,15 +88,29 @@ impl Flight {
         let Some(bio) = &self.bio else {
             return opcode::Nop::new().build().user_data(user_data);
         };
-        let iovecs = &self.iovecs[self.first..];
-        // At most `max_segments`.
-        let (ptr, count) = (iovecs.as_ptr(), iovecs.len() as u32);
-        let entry = if bio.op() == BioOp::Read {
-            opcode::Readv::new(FILE, ptr, count).offset(self.offset).build()
-        } else {
-            let fua = bio.flags().contains(BioFlags::FUA);
-            let rwf = if fua { libc::RWF_DSYNC } else { 0 };
-            opcode::Writev::new(FILE, ptr, count).offset(self.offset).rw_flags(rwf).build()
+        let (read, offset) = (bio.op() == BioOp::Read, self.offset);
+        let fua = bio.flags().contains(BioFlags::FUA);
+        let rwf = if fua { libc::RWF_DSYNC } else { 0 };
+        let entry = match self.iovecs() {
+            // One piece, the usual case, needs no array for the kernel to copy. Its length
+            // is that of a bvec, 32 bits.
+            &[libc::iovec { iov_base, iov_len }] => {
+                let (ptr, len) = (iov_base.cast::<u8>(), iov_len as u32);
+                if read {
+                    opcode::Read::new(FILE, ptr, len).offset(offset).build()
+                } else {
+                    opcode::Write::new(FILE, ptr, len).offset(offset).rw_flags(rwf).build()
+                }
+            }
+            iovecs => {
+                // At most `max_segments`.
+                let (ptr, count) = (iovecs.as_ptr(), iovecs.len() as u32);
+                if read {
+                    opcode::Readv::new(FILE, ptr, count).offset(offset).build()
+                } else {
+                    opcode::Writev::new(FILE, ptr, count).offset(offset).rw_flags(rwf).build()
+                }
+            }
         };
         entry.user_data(user_data)
     }

@@ -110,7 +110,45 @@ impl Slab {
         !self.again.is_empty() || !self.queued.is_empty()
     }
 
+    /// Whether the reaper, in the middle of its round, should submit what waits: when it
+    /// is an eighth of what the kernel has. Sooner costs a system call for few bios, and
+    /// later the disk runs dry; at depth 32 the whole round at once made a quarter less.
+    pub(super) fn is_worth_a_call(&self) -> bool {
+        let waiting = self.again.len() + self.queued.len();
+        let in_flight = self.flights.len() - self.free.len() - self.again.len();
+        waiting > 0 && !(self.free.is_empty() && self.again.is_empty()) && waiting * 8 >= in_flight
+    }
+
     pub(super) fn is_idle(&self) -> bool {
         self.queued.is_empty() && self.free.len() == self.flights.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::file::target::Kind;
+    use crate::limits::QueueLimits;
+    use crate::units::Sector;
+
+    #[test]
+    fn the_reaper_submits_before_the_disk_runs_dry_and_never_without_a_place() {
+        let file = tempfile::tempfile().expect("a temporary file");
+        let target = Target::new(file, Kind::Image, false, QueueLimits::new(Sector(0)));
+        let queue = SlabQueue::new(&target, 32);
+        assert!(!queue.lock().is_worth_a_call(), "nothing waits");
+
+        queue.push(Bio::flush(), || ());
+        assert!(queue.lock().is_worth_a_call(), "the kernel has nothing");
+
+        let mut slab = queue.lock();
+        slab.free.truncate(8);
+        assert!(!slab.is_worth_a_call(), "24 are in flight, one waits");
+        slab.queued.extend([Bio::flush(), Bio::flush()]);
+        assert!(slab.is_worth_a_call());
+        let free = std::mem::take(&mut slab.free);
+        assert!(!slab.is_worth_a_call(), "there is no place");
+        slab.again.push(free[0]);
+        assert!(slab.is_worth_a_call(), "what came short has a place");
     }
 }
