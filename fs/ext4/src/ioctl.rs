@@ -286,7 +286,8 @@ impl Ext4 {
     }
 
     /// Where a block of a file lies on the device, 0 when nowhere; `block` counts in units of
-    /// `block_size`, as does the answer.
+    /// `block_size`, as does the answer. So a larger unit than the filesystem's must lie in one
+    /// piece and begin at a multiple of itself: who gets a place writes there.
     ///
     /// # Errors
     /// `EINVAL` for anything but a regular file, or how writing its delayed data failed.
@@ -302,8 +303,11 @@ impl Ext4 {
         }
         let logical = uext_ondisk::LogicalBlock(self.block_at(offset));
         // Blocks without data count too: swap goes to them past the filesystem.
-        let Some(start) = self.map_lookup(inode, logical, 1)?.start else { return Ok(0) };
+        let count = block_size.div_ceil(self.block_size());
+        let run = self.map_lookup(inode, logical, count)?;
+        let Some(start) = run.start else { return Ok(0) };
         let byte = start.0 * u64::from(self.block_size()) + offset % u64::from(self.block_size());
-        Ok(byte / u64::from(block_size))
+        let whole = run.len >= count && byte.is_multiple_of(block_size.into());
+        Ok(if whole { byte / u64::from(block_size) } else { 0 })
     }
 }

@@ -91,8 +91,6 @@ pub struct Config {
     pub dirsync: bool,
     /// What the mount point adds.
     pub attributes: MountAttr,
-    /// Block size, bytes, a power of two; what stat(2) falls back to.
-    pub block_size: u32,
     /// How far the kernel reads ahead, KiB; `None`: its default.
     pub read_ahead_kb: Option<u32>,
     /// Most of the machine's dirty pages that may be this mount's, percent; `None`: all of
@@ -126,7 +124,6 @@ impl Default for Config {
             sync: false,
             dirsync: false,
             attributes: MountAttr::empty(),
-            block_size: 4096,
             read_ahead_kb: Some(1024),
             max_ratio: None,
             splice: false,
@@ -218,8 +215,10 @@ impl Pending {
         context.set_string("group_id", &nix::unistd::getgid().to_string())?;
         context.set_string("max_read", &config.max_write().to_string())?;
         if block {
-            let size = config.block_size.clamp(512, PAGE_SIZE as u32);
-            context.set_string("blksize", &size.to_string())?;
+            // Whatever the filesystem's: the kernel counts a file's blocks in pages, or in what
+            // its attributes say, but asks for one of this size (BMAP); a swap file's pages would
+            // go to other files' blocks.
+            context.set_string("blksize", &PAGE_SIZE.to_string())?;
         }
         let flags = [
             ("allow_other", config.allow_other),
