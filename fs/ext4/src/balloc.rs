@@ -83,6 +83,9 @@ enum Fit {
 /// How long a full filesystem waits for files that are being deleted.
 const DELETION_PATIENCE: Duration = Duration::from_secs(10);
 
+/// Blocks that are more than any request takes.
+const ROOMY: u64 = 16384;
+
 /// Free space of the whole filesystem, in blocks.
 #[derive(Debug, Default)]
 pub(crate) struct Space {
@@ -176,10 +179,18 @@ impl Ext4 {
     }
 
     /// Whether somebody may use these: root, `s_def_resuid`, and the group `s_def_resgid` unless
-    /// that is root's.
+    /// that is root's. While no request could come near them nobody is asked for who is not known.
     pub(crate) fn may_use_reserve(&self, ctx: &Context) -> bool {
+        if ctx.uid == Context::UNKNOWN {
+            let keep = self.root_reserve() + self.node_pool() + ROOMY;
+            let space = self.space.lock();
+            if space.free.saturating_sub(space.reserved) > keep {
+                return false;
+            }
+        }
+        let who = ctx.known();
         let (user, group) = (self.sb.reserved_uid(), self.sb.reserved_gid());
-        ctx.uid == 0 || ctx.uid == user || group != 0 && ctx.gid == group
+        who.uid == 0 || who.uid == user || group != 0 && who.gid == group
     }
 
     /// Starts a handle for what somebody asked for: it leaves the reserved blocks alone when they

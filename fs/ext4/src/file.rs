@@ -626,10 +626,11 @@ impl Ext4 {
 
 /// Clears the set-id bits that a write by somebody else must not leave.
 pub(crate) fn kill_suidgid(ctx: &Context, inode: &Inode) {
+    let who = ctx.known();
     let mut core = inode.core.lock();
     let mut mode = core.mode & !S_ISUID;
     // Without the group's execute bit it stays for members of the group, as far as is known.
-    if mode & S_IXGRP != 0 || (ctx.uid != 0 && ctx.gid != core.gid) {
+    if mode & S_IXGRP != 0 || (who.uid != 0 && who.gid != core.gid) {
         mode &= !S_ISGID;
     }
     if mode != core.mode {

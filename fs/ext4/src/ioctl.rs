@@ -91,7 +91,7 @@ fn argument<T: FromBytes + Immutable + KnownLayout>(ioctl: &Ioctl<'_>) -> Result
 }
 
 fn root_only(ctx: &Context) -> Result<()> {
-    if ctx.uid == 0 { Ok(()) } else { Err(Errno::EPERM.into()) }
+    if ctx.is_root() { Ok(()) } else { Err(Errno::EPERM.into()) }
 }
 
 impl Ext4 {

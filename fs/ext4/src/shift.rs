@@ -47,10 +47,12 @@ impl Ext4 {
         }
         let _exclusive = inode.rwsem.write();
         // An ACL may forbid others what the mode allows, and their further groups are not known.
-        let (flags, may) = {
+        let who = ctx.known();
+        let (flags, owner) = {
             let core = inode.core.lock();
-            (core.flags, ctx.uid == 0 || ctx.uid == core.uid)
+            (core.flags, core.uid)
         };
+        let may = who.uid == 0 || who.uid != Context::UNKNOWN && who.uid == owner;
         if !may || flags.intersects(InodeFlags::IMMUTABLE | InodeFlags::APPEND) {
             return Err(Errno::EPERM.into());
         }
@@ -66,7 +68,7 @@ impl Ext4 {
         if insert && size.saturating_add(len) > self.max_file_size(inode) {
             return Err(Errno::EFBIG.into());
         }
-        if ctx.uid != 0 {
+        if who.uid != 0 {
             kill_suidgid(ctx, inode);
         }
         self.kill_capability(inode)?;

@@ -117,7 +117,16 @@ impl Ext4 {
         set: &SetAttr,
     ) -> Result<()> {
         let now = self.now();
-        let keeps_sgid = ctx.uid == 0 || ctx.gid == inode.core.lock().gid;
+        let kills = kills_suidgid(set) && inode.kind != FileKind::Directory;
+        let (mode, group) = {
+            let core = inode.core.lock();
+            (set.mode.map_or(core.mode, |mode| mode as u16), core.gid)
+        };
+        // Without the group's execute bit it stays for members of the group, as far as is known.
+        let keeps_sgid = kills && mode & (S_ISGID | S_IXGRP) == S_ISGID && {
+            let who = ctx.known();
+            who.uid == 0 || who.gid == group
+        };
         let time = |time: SetTime| match time {
             SetTime::Now => now,
             SetTime::At(at) => self.storable_time(at),
@@ -133,12 +142,8 @@ impl Ext4 {
             if let Some(gid) = set.gid {
                 core.gid = gid;
             }
-            if kills_suidgid(set) && inode.kind != FileKind::Directory {
-                let executable = core.mode & S_IXGRP != 0;
-                core.mode &= !S_ISUID;
-                if executable || !keeps_sgid {
-                    core.mode &= !S_ISGID;
-                }
+            if kills {
+                core.mode &= !(if keeps_sgid { S_ISUID } else { S_ISUID | S_ISGID });
             }
             if let Some(atime) = set.atime {
                 core.atime = time(atime);

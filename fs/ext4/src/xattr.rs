@@ -13,6 +13,7 @@
 //! handle expects the caller to hold it. `h_refcount` is changed under the block's write
 //! guard only.
 
+use std::cell::LazyCell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -195,14 +196,16 @@ impl Ext4 {
             return Err(Errno::EPERM.into());
         }
         let refusal = if change { Errno::EPERM } else { Errno::ENODATA };
+        // Whom the kernel does not name it has checked.
+        let is_root = ctx.uid == 0 || ctx.uid == Context::UNKNOWN;
         match name.index {
-            NameIndex::TRUSTED if ctx.uid != 0 => Err(refusal.into()),
+            NameIndex::TRUSTED if !is_root => Err(refusal.into()),
             NameIndex::USER if !self.options.user_xattr => Err(Errno::EOPNOTSUPP.into()),
             NameIndex::USER => match inode.kind {
                 FileKind::Regular => Ok(()),
                 FileKind::Directory => {
                     let sticky = core.mode & S_ISVTX != 0;
-                    if change && sticky && ctx.uid != 0 && ctx.uid != core.uid {
+                    if change && sticky && !is_root && ctx.uid != core.uid {
                         return Err(Errno::EPERM.into());
                     }
                     Ok(())
@@ -235,11 +238,12 @@ impl Ext4 {
         let (body, _) = self.body_xattrs(inode)?;
         let block = self.block_xattrs(inode)?;
         let mut list = Vec::new();
+        let is_root = LazyCell::new(|| ctx.is_root());
         for entry in body.entries().iter().chain(block.entries()) {
             let shown = match entry.index {
                 NameIndex::USER => self.options.user_xattr,
                 NameIndex::POSIX_ACL_ACCESS | NameIndex::POSIX_ACL_DEFAULT => self.options.acl,
-                NameIndex::TRUSTED => ctx.uid == 0,
+                NameIndex::TRUSTED => *is_root,
                 NameIndex::SECURITY => true,
                 _ => false,
             };

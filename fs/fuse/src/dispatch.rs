@@ -367,6 +367,8 @@ impl Dispatcher {
             flags |= InitFlags::POSIX_ACL | InitFlags::DONT_MASK;
         }
         flags.set(InitFlags::WRITEBACK_CACHE, self.config.writeback_cache);
+        // Requests then say who asks only where an inode is made.
+        flags.set(InitFlags::ALLOW_IDMAP, self.config.default_permissions);
         let uring = self.offer_uring.load(Ordering::Acquire); // PAIRS-WITH: offer_uring
         flags.set(InitFlags::OVER_IO_URING, uring);
         flags

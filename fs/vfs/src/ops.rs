@@ -15,15 +15,48 @@ pub struct FileHandle(pub u64);
 /// Who asks.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Context {
-    /// Effective user for permission and ownership.
+    /// Effective user for permission and ownership, as the filesystem numbers users; or
+    /// [`Context::UNKNOWN`] where nothing is made: see [`Context::known`].
     pub uid: u32,
-    /// Effective group.
+    /// Effective group, the same.
     pub gid: u32,
     /// Thread that asked, 0 when unknown (writeback by the kernel).
     pub pid: u32,
     /// The caller's umask, for creation; already applied to `mode` unless the
     /// filesystem handles default ACLs.
     pub umask: u32,
+}
+
+impl Context {
+    /// Where mounts may map users and groups, the kernel checks permissions by what it has mapped,
+    /// and says who asks only with what makes an inode.
+    pub const UNKNOWN: u32 = u32::MAX;
+
+    /// With the user and group that the thread has on this machine, where the kernel has not
+    /// said. They stay unknown when it cannot be seen from here, and then have no privileges.
+    #[must_use]
+    pub fn known(&self) -> Self {
+        if self.uid != Self::UNKNOWN || self.pid == 0 {
+            return *self;
+        }
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid));
+        let (uid, gid) = status.ok().and_then(|text| fs_ids(&text)).unwrap_or((self.uid, self.gid));
+        Self { uid, gid, ..*self }
+    }
+
+    /// Whether it is root, for all that is known.
+    pub fn is_root(&self) -> bool {
+        self.known().uid == 0
+    }
+}
+
+/// User and group for access to files, of the text of `/proc/PID/status`.
+fn fs_ids(status: &str) -> Option<(u32, u32)> {
+    let fourth = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_whitespace().nth(3)?.parse().ok()
+    };
+    Some((fourth("Uid:")?, fourth("Gid:")?))
 }
 
 /// Seconds and nanoseconds since 1970; nanoseconds below 1,000,000,000.
@@ -560,4 +593,25 @@ pub trait FileSystem: Send + Sync {
 
     /// Unmounts: when it returns `Ok`, the image is clean and complete. Called once, last.
     fn unmount(&self) -> Result<()>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_asks_is_found_by_the_thread_where_it_is_not_said() {
+        let status = "Name:\tx\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t9\n";
+        assert_eq!(fs_ids(status), Some((4, 8)));
+        assert_eq!(fs_ids("Uid:\t1\t2\nGid:\t5\t6\t7\t8\n"), None);
+        let unknown = Context::UNKNOWN;
+        let asks = |uid, pid| Context { uid, gid: uid, pid, umask: 0 };
+        let own = std::fs::read_to_string("/proc/self/status").ok().and_then(|text| fs_ids(&text));
+        let found = asks(unknown, std::process::id()).known();
+        assert_eq!(Some((found.uid, found.gid)), own);
+        assert_eq!(asks(7, std::process::id()).known().uid, 7, "what was said counts");
+        assert_eq!(asks(unknown, 0).known().uid, unknown);
+        // No thread has this number.
+        assert!(!asks(unknown, u32::MAX).is_root());
+    }
 }
