@@ -7,7 +7,7 @@ DEMO_DIR ?= /var/tmp/uext-demo
 
 UEXT := $(or $(CARGO_TARGET_DIR),target)/release/uext
 
-.PHONY: help all deps check test models faults drive drive-fio demo install uninstall fuzz bench bench-micro test-uring identity lint-deps test-full fsx posix pjdfstest stress-ng xfstests crash crash-long mutants clean
+.PHONY: help all deps check test models faults drive drive-fio demo install uninstall fuzz bench bench-readme bench-dev bench-micro test-uring identity lint-deps test-full fsx posix pjdfstest stress-ng xfstests crash crash-long mutants clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
@@ -99,6 +99,12 @@ fuzz: ## Build the fuzz targets (cargo-fuzz)
 
 bench: all ## Compare with kernel ext4 and fuse2fs (root)
 	@tests/scripts/bench.sh $(UEXT) $(BENCH_ARGS)
+
+bench-readme: all ## `make bench`, and its picture becomes the README's (root)
+	@tests/scripts/bench.sh $(UEXT) --readme $(BENCH_ARGS)
+
+bench-dev: all ## The engines of the block layer against fio, on a file and a loop device (ten minutes)
+	@PYTHONDONTWRITEBYTECODE=1 tests/bench/engines.py --uext $(UEXT) --json $(dir $(UEXT))../bench-dev.json $(BENCH_DEV_ARGS)
 
 bench-micro: ## Time the hot parts alone (criterion)
 	$(CARGO) bench -p uext-tests --bench micro --bench locks

@@ -31,8 +31,10 @@ FILESYSTEMS = {
     "kernel": {
         "mkfs": MKFS,
         # `mount -o loop` reads and writes the image through the page cache a second time.
-        "mount": "mount $(losetup --direct-io=on -f --show {img}) {mnt}",
-        "umount": "d=$(findmnt -no SOURCE {mnt}); umount {mnt}; losetup -d $d",
+        # `losetup -d` of a device in use lets go of it with the last user, however that ends.
+        "mount": "d=$(losetup --direct-io=on -f --show {img}); r=0; mount $d {mnt} || r=$?;"
+                 " losetup -d $d; exit $r",
+        "umount": "umount {mnt}",
     },
     "fuse2fs": {
         "mkfs": MKFS,
@@ -127,6 +129,7 @@ def parse():
     parser.add_argument("--define", help="JSON file with further filesystems")
     parser.add_argument("--json", help="where figures go")
     parser.add_argument("--svg", help="where the picture goes")
+    parser.add_argument("--report", help="where the report goes, beside the standard output")
     return parser.parse_args()
 
 
@@ -187,20 +190,22 @@ class Results:
         return max(figures) / min(figures) if figures and min(figures) > 0 else None
 
 
-def show(results, names, workloads):
+def report(results, names, workloads):
+    """The table, as lines."""
     subject, peers = names[-1], names[:-1]
     cell = lambda x: "-" if x is None else (f"{x:,.0f}" if x >= 100 else f"{x:.1f}")
     number = lambda x: "-" if x is None else f"{x:.2f}"
     medians = {name: results.medians(name) for name in names}
-    print("| work | unit | " + " | ".join(names + [f"{subject}/{p}" for p in peers])
-          + f" | spread of {subject} |")
-    print("|---|---|" + "---:|" * (len(names) + len(peers) + 1))
+    lines = ["| work | unit | " + " | ".join(names + [f"{subject}/{p}" for p in peers])
+             + f" | spread of {subject} |",
+             "|---|---|" + "---:|" * (len(names) + len(peers) + 1)]
     for workload in workloads:
         figures = [medians[name].get(workload.name) for name in names]
         ratios = [results.ratio(subject, peer, workload.name) for peer in peers]
-        print(f"| {workload.name} | {workload.unit} | "
-              + " | ".join(list(map(cell, figures)) + list(map(number, ratios)))
-              + f" | {number(results.spread(subject, workload.name))} |")
+        lines.append(f"| {workload.name} | {workload.unit} | "
+                     + " | ".join(list(map(cell, figures)) + list(map(number, ratios)))
+                     + f" | {number(results.spread(subject, workload.name))} |")
+    return lines
 
 
 def write(arguments, results, names, workloads, lines):
@@ -220,7 +225,8 @@ def write(arguments, results, names, workloads, lines):
         with open(arguments.json, "w") as file:
             json.dump(report, file, indent=1)
     if arguments.svg:
-        picture = plot.svg(medians, subject, peers, [w.name for w in workloads], lines)
+        ratio = lambda peer, workload: results.ratio(subject, peer, workload)
+        picture = plot.svg(ratio, subject, peers, [w.name for w in workloads], lines)
         if picture:
             with open(arguments.svg, "w") as file:
                 file.write(picture)
@@ -252,8 +258,11 @@ def main():
     loads = ", ".join(f"{load:.1f}" for load in results.loads)
     lines.append(f"medians of {arguments.rounds} rounds; load when each began: {loads}; "
                  f"uext: -o {arguments.options}")
-    show(results, names, workloads)
-    print("\n".join(lines))
+    text = "\n".join(report(results, names, workloads) + [""] + lines + results.failures) + "\n"
+    print(text, end="")
+    if arguments.report:
+        with open(arguments.report, "w") as file:
+            file.write(text)
     write(arguments, results, names, workloads, lines)
     sys.exit(1 if results.failures else 0)
 

@@ -6,15 +6,9 @@ WIDTH, LEFT, RIGHT, ROW, TOP = 860, 270, 70, 17, 64
 COLOURS = ["#2a6f97", "#c9793b", "#5b8c5a", "#8a5a83"]
 
 
-def ratio(figures, subject, peer, workload):
-    """The subject's median against a peer's, or None where one is missing."""
-    ours, theirs = figures[subject].get(workload), figures[peer].get(workload)
-    return ours / theirs if ours and theirs else None
-
-
-def svg(figures, subject, peers, workloads, machine):
-    """A picture of `subject` against each of `peers`."""
-    values = {(w, p): ratio(figures, subject, p, w) for w in workloads for p in peers}
+def svg(ratio, subject, peers, workloads, machine):
+    """A picture of `subject` against each of `peers`: `ratio(peer, workload)`, or None."""
+    values = {(w, p): ratio(p, w) for w in workloads for p in peers}
     known = [v for v in values.values() if v]
     if not known:
         return None

@@ -1,10 +1,16 @@
 #!/bin/sh
-# Compares uext with kernel ext4 and fuse2fs: bench.sh UEXT [arguments of bench.py].
-# The report is printed; figures and a picture go to target/bench.json and .svg.
+# Compares uext with kernel ext4 and fuse2fs: bench.sh UEXT [--readme] [arguments of bench.py].
+# The report is printed and goes to target/bench.md; figures and a picture go to bench.json and
+# bench.svg there. With --readme the picture of a run without failures becomes the README's.
 set -eu
 uext=$1
 shift
 here=$(dirname "$0")
+readme=
+if [ "${1-}" = --readme ]; then
+    readme=$here/../bench/ratios.svg
+    shift
+fi
 missing=
 for tool in fio:fio fuse2fs:fuse2fs sqlite3:sqlite3 mkfs.ext4:e2fsprogs; do
     PATH="$PATH:/usr/sbin:/sbin" command -v "${tool%%:*}" >/dev/null || missing="$missing ${tool##*:}"
@@ -21,4 +27,6 @@ if [ -n "$missing" ]; then
 fi
 export PYTHONDONTWRITEBYTECODE=1
 out=$(dirname "$(dirname "$uext")")
-exec python3 "$here/../bench/bench.py" --uext "$uext" --json "$out/bench.json" --svg "$out/bench.svg" "$@"
+python3 "$here/../bench/bench.py" --uext "$uext" --json "$out/bench.json" --svg "$out/bench.svg" \
+    --report "$out/bench.md" "$@"
+[ -z "$readme" ] || cp "$out/bench.svg" "$readme"
