@@ -380,7 +380,7 @@ impl Ext4 {
             core.store(self, &mut raw)?;
             core.lazy_dirty = false;
         }
-        raw.seal(&self.sb, inode.ino);
+        raw.seal_seeded(&self.sb, inode.csum_seed);
         inode.note_tid(handle.tid(), false);
         Ok(())
     }

@@ -81,6 +81,8 @@ pub struct RawInodeExtra {
 }
 
 const CHECKSUM_LO_OFFSET: usize = std::mem::offset_of!(RawInode, l_i_checksum_lo);
+/// Inodes up to this size have their checksum computed over a copy.
+const COPIED_SIZE: usize = 256;
 const CHECKSUM_HI_OFFSET: usize =
     GOOD_OLD_SIZE + std::mem::offset_of!(RawInodeExtra, i_checksum_hi);
 
@@ -517,12 +519,35 @@ impl<B: AsRef<[u8]>> Inode<B> {
 
     /// The checksum the inode should have, cut to 16 bits when there is no room for more.
     pub fn computed_checksum(&self, fs_seed: u32, number: InodeNumber) -> u32 {
+        self.seeded_checksum(self.csum_seed(fs_seed, number))
+    }
+
+    /// [`Inode::computed_checksum`] from the inode's own seed.
+    fn seeded_checksum(&self, seed: u32) -> u32 {
         let bytes = self.bytes.as_ref();
-        let seed = self.csum_seed(fs_seed, number);
+        let has_hi = self.has_checksum_hi();
+        let mut copy = [0; COPIED_SIZE];
+        let crc = if let Some(copy) = copy.get_mut(..bytes.len()) {
+            // One run over a copy is much quicker than six short ones.
+            copy.copy_from_slice(bytes);
+            copy[CHECKSUM_LO_OFFSET..CHECKSUM_LO_OFFSET + 2].fill(0);
+            if has_hi {
+                copy[CHECKSUM_HI_OFFSET..CHECKSUM_HI_OFFSET + 2].fill(0);
+            }
+            crc32c(seed, copy)
+        } else {
+            self.checksum_in_pieces(seed)
+        };
+        if has_hi { crc } else { crc & 0xFFFF }
+    }
+
+    /// The checksum of all bytes but those that hold it, as if they were zero.
+    fn checksum_in_pieces(&self, seed: u32) -> u32 {
+        let bytes = self.bytes.as_ref();
         let crc = crc32c(crc32c(seed, &bytes[..CHECKSUM_LO_OFFSET]), &[0, 0]);
         let crc = crc32c(crc, &bytes[CHECKSUM_LO_OFFSET + 2..GOOD_OLD_SIZE]);
         if !self.has_checksum_hi() {
-            return crc32c(crc, &bytes[GOOD_OLD_SIZE..]) & 0xFFFF;
+            return crc32c(crc, &bytes[GOOD_OLD_SIZE..]);
         }
         let crc = crc32c(crc32c(crc, &bytes[GOOD_OLD_SIZE..CHECKSUM_HI_OFFSET]), &[0, 0]);
         crc32c(crc, &bytes[CHECKSUM_HI_OFFSET + 2..])
@@ -747,6 +772,13 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Inode<B> {
     pub fn seal(&mut self, sb: &Superblock, number: InodeNumber) {
         if sb.features().metadata_csum() {
             self.set_checksum(self.computed_checksum(sb.csum_seed(), number));
+        }
+    }
+
+    /// As [`Inode::seal`], by who has the inode's own seed.
+    pub fn seal_seeded(&mut self, sb: &Superblock, seed: u32) {
+        if sb.features().metadata_csum() {
+            self.set_checksum(self.seeded_checksum(seed));
         }
     }
 

@@ -126,6 +126,20 @@ proptest! {
     }
 
     #[test]
+    fn the_checksum_of_a_copy_is_that_of_the_pieces(
+        bytes in proptest::collection::vec(any::<u8>(), 256),
+        small: bool, extra in 0u16..40, seed: u32,
+    ) {
+        let mut bytes = if small { bytes[..128].to_vec() } else { bytes };
+        if let Some(field) = bytes.get_mut(0x80..0x82) {
+            field.copy_from_slice(&extra.to_le_bytes());
+        }
+        let inode = Inode::new(&bytes[..]).unwrap();
+        let short = if inode.has_checksum_hi() { u32::MAX } else { 0xFFFF };
+        prop_assert_eq!(inode.seeded_checksum(seed), inode.checksum_in_pieces(seed) & short);
+    }
+
+    #[test]
     fn any_changed_bit_changes_the_checksum(mut bytes in proptest::collection::vec(any::<u8>(), 256), bit in 0usize..2048) {
         bytes[0x80..0x82].copy_from_slice(&32u16.to_le_bytes());
         let mut inode = Inode::new(&mut bytes[..]).unwrap();
