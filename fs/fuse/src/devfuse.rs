@@ -29,6 +29,8 @@ use crate::sys;
 
 /// Header and arguments of a `WRITE`: what stands before its data.
 const WRITE_PREFIX: usize = size_of::<InHeader>() + size_of::<abi::WriteIn>();
+/// What stands before a reply's body.
+const REPLY_PREFIX: usize = size_of::<OutHeader>();
 /// Most pieces one `writev` takes.
 const IOV_MAX: usize = 1024;
 /// What holes are sent from.
@@ -38,6 +40,7 @@ static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 struct Buffers {
     request: Vec<u8>,
     start: usize,
+    /// Header and body of a reply, so that both go out as one piece.
     reply: Vec<u8>,
     /// For large replies, when they are to be spliced.
     pipe: Option<ReplyPipe>,
@@ -74,13 +77,15 @@ pub(crate) fn handshake(
         };
         let request = &buffers.request[buffers.start..buffers.start + len];
         let request = Request::parse(request).map_err(|_| io::Error::other("malformed INIT"))?;
-        let mut out = ReplyBuf::new(&mut buffers.reply);
+        let unique = request.header.unique;
+        let mut out = ReplyBuf::new(&mut buffers.reply[REPLY_PREFIX..]);
         let answer = dispatcher.dispatch(&request, &mut out);
+        let end = REPLY_PREFIX + out.filled().len();
         let refused = match &answer {
             Answer::Status(Err(errno)) => Some(*errno),
             _ => None,
         };
-        send(device, request.header.unique, &answer, out.filled(), None)?;
+        send(device, unique, &answer, &mut buffers.reply[..end], None)?;
         if request.header.opcode == Opcode::Init as u32 {
             // A kernel with a newer major version sends a second INIT to whoever reads next.
             return refused.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno.0)));
@@ -218,33 +223,41 @@ fn serve_one(
     len: usize,
 ) -> io::Result<()> {
     let message = &buffers.request[buffers.start..buffers.start + len];
-    let mut out = ReplyBuf::new(&mut buffers.reply);
     match Request::parse(message) {
         Ok(request) => {
+            let mut out = ReplyBuf::new(&mut buffers.reply[REPLY_PREFIX..]);
             let answer = dispatcher.dispatch(&request, &mut out);
-            let pipe = buffers.pipe.as_ref();
-            send(device, request.header.unique, &answer, out.filled(), pipe)
+            let end = REPLY_PREFIX + out.filled().len();
+            let (reply, pipe) = (&mut buffers.reply[..end], buffers.pipe.as_ref());
+            send(device, request.header.unique, &answer, reply, pipe)
         }
         Err(header) => {
             log::error!("malformed request of {len} bytes: {header:?}");
             let Some(header) = header else { return Ok(()) };
-            send(device, header.unique, &Answer::Status(Err(Errno::EINVAL)), &[], None)
+            write_reply(device, header.unique, -Errno::EINVAL.0, &[])
         }
     }
 }
 
+/// Sends an answer; what it has put into the buffer stands in `reply` after the room for the
+/// header.
 fn send(
     device: &File,
     unique: u64,
     answer: &Answer,
-    out: &[u8],
+    reply: &mut [u8],
     pipe: Option<&ReplyPipe>,
 ) -> io::Result<()> {
     match answer {
         Answer::None => Ok(()),
         Answer::Status(Ok(())) => write_reply(device, unique, 0, &[]),
         Answer::Status(Err(errno)) => write_reply(device, unique, -errno.0, &[]),
-        Answer::Buffer => write_reply(device, unique, 0, &[IoSlice::new(out)]),
+        Answer::Buffer => {
+            // One piece of memory is what the kernel finds quickest.
+            let header = reply_header(unique, 0, reply.len() - REPLY_PREFIX)?;
+            reply[..REPLY_PREFIX].copy_from_slice(header.as_bytes());
+            nix::unistd::write(device, reply).map(drop).map_err(io::Error::from)
+        }
         Answer::Read(data) => {
             let mut slices = Vec::with_capacity(data.segments().len());
             gather(data, &mut slices);
@@ -287,16 +300,16 @@ fn gather<'a>(data: &'a ReadReply, slices: &mut Vec<IoSlice<'a>>) {
 }
 
 fn reply_header(unique: u64, error: i32, len: usize) -> io::Result<OutHeader> {
-    let len = u32::try_from(size_of::<OutHeader>() + len).map_err(io::Error::other)?;
+    let len = u32::try_from(REPLY_PREFIX + len).map_err(io::Error::other)?;
     Ok(OutHeader { len, error, unique })
 }
 
 fn write_reply(device: &File, unique: u64, error: i32, data: &[IoSlice<'_>]) -> io::Result<()> {
     let header = reply_header(unique, error, data.iter().map(|slice| slice.len()).sum())?;
     let header = IoSlice::new(header.as_bytes());
-    // The usual reply is one piece; only gathered reads need the heap.
+    // Only gathered reads need the heap.
     let result = match data {
-        [] => writev(device.as_fd(), &[header]),
+        [] => nix::unistd::write(device, &header),
         [one] => writev(device.as_fd(), &[header, IoSlice::new(one)]),
         many => {
             let mut all = Vec::with_capacity(many.len() + 1);
