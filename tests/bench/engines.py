@@ -61,7 +61,7 @@ def in_turns(rounds, first, second):
             a, b = first(), second()
         pairs.append((a, b))
     ours, theirs = (statistics.median(side) for side in zip(*pairs))
-    return ours, theirs, statistics.median(a / b for a, b in pairs)
+    return ours, theirs, statistics.median(a / max(b, 1) for a, b in pairs)
 
 
 @contextlib.contextmanager

@@ -23,11 +23,10 @@ use uext_sync::Mutex;
 
 use crate::inode::Inode;
 use crate::int_hash::IntMap;
+use crate::lookups::{Lookups, ROW};
 
-/// Shards of the cache, by inode number.
+/// Shards of the cache, by inode number, whole rows of lookups in one.
 const SHARDS: usize = 16;
-/// Inodes kept: some 32 MiB.
-const MAX_INODES: usize = 32_768;
 /// Inodes dropped at a time.
 const BATCH: usize = 64;
 
@@ -35,7 +34,7 @@ const BATCH: usize = 64;
 struct Shard {
     inodes: IntMap<InodeNumber, Arc<Inode>>,
     /// Lookups that a front end owes a forget for.
-    lookups: IntMap<InodeNumber, u64>,
+    lookups: Lookups,
 }
 
 /// The inodes in use, and some that were lately.
@@ -43,19 +42,26 @@ pub(crate) struct InodeCache {
     shards: [Mutex<Shard>; SHARDS],
     /// Numbers in the order in which they came; stale ones are skipped.
     order: Mutex<VecDeque<InodeNumber>>,
+    /// Inodes kept, but for those in use.
+    max_inodes: usize,
     /// Inodes in all shards.
     /// WHY-RELAXED: it decides when to look for victims; the shards' locks decide the rest.
     len: AtomicUsize,
 }
 
 impl InodeCache {
-    /// An empty cache.
-    pub fn new() -> Self {
-        Self { shards: Default::default(), order: Mutex::default(), len: AtomicUsize::new(0) }
+    /// An empty cache, for so many inodes.
+    pub fn new(max_inodes: usize) -> Self {
+        Self {
+            shards: Default::default(),
+            order: Mutex::default(),
+            max_inodes,
+            len: AtomicUsize::new(0),
+        }
     }
 
     fn shard(&self, ino: InodeNumber) -> &Mutex<Shard> {
-        &self.shards[ino.0 as usize % SHARDS]
+        &self.shards[(ino.0 / ROW) as usize % SHARDS]
     }
 
     /// The inode, when cached.
@@ -72,7 +78,7 @@ impl InodeCache {
 
     /// Lookups that a front end owes a forget for.
     pub fn lookups(&self, ino: InodeNumber) -> u64 {
-        self.shard(ino).lock().lookups.get(&ino).copied().unwrap_or(0)
+        self.shard(ino).lock().lookups.get(ino)
     }
 
     /// Puts a new inode in, in place of whatever had its number.
@@ -100,7 +106,7 @@ impl InodeCache {
     pub fn count_lookup(&self, inode: &Arc<Inode>) {
         let came = {
             let mut shard = self.shard(inode.ino).lock();
-            *shard.lookups.entry(inode.ino).or_default() += 1;
+            shard.lookups.add_one(inode.ino);
             // An inode that was dropped between iget and here comes back.
             let came = !shard.inodes.contains_key(&inode.ino);
             if came {
@@ -117,12 +123,9 @@ impl InodeCache {
     /// never looked up `count` is 0.
     pub fn forget(&self, ino: InodeNumber, count: u64) -> Option<Arc<Inode>> {
         let mut shard = self.shard(ino).lock();
-        let left = shard.lookups.get(&ino).map_or(0, |lookups| lookups.saturating_sub(count));
-        if left > 0 {
-            shard.lookups.insert(ino, left);
+        if shard.lookups.take(ino, count) > 0 {
             return None;
         }
-        shard.lookups.remove(&ino);
         let inode = shard.inodes.get(&ino)?.clone();
         inode.used.store(false, Ordering::Relaxed);
         Some(inode)
@@ -130,7 +133,7 @@ impl InodeCache {
 
     /// Gives all lookups of an inode back.
     pub fn forget_all(&self, ino: InodeNumber) {
-        self.shard(ino).lock().lookups.remove(&ino);
+        self.shard(ino).lock().lookups.remove(ino);
     }
 
     /// Takes a deleted inode out.
@@ -156,7 +159,7 @@ impl InodeCache {
 
     /// Inodes to drop when there are too many: the oldest that were not used lately.
     pub fn victims(&self) -> Vec<Arc<Inode>> {
-        let excess = self.len.load(Ordering::Relaxed).saturating_sub(MAX_INODES).min(BATCH);
+        let excess = self.len.load(Ordering::Relaxed).saturating_sub(self.max_inodes).min(BATCH);
         let mut victims = Vec::new();
         if excess == 0 {
             return victims;

@@ -26,6 +26,7 @@ use crate::inode_cache::InodeCache;
 use crate::journal_data;
 use crate::journal_inode::journal_map;
 use crate::journal_place::JournalPlace;
+use crate::memory_plan::MemoryPlan;
 use crate::options::{Atime, MountOptions};
 use crate::orphan::OrphanList;
 use crate::quiet::QuietDevice;
@@ -115,9 +116,8 @@ impl Ext4 {
         read_only: bool,
     ) -> Result<Arc<Self>> {
         let mut config = CacheConfig { background: options.background, ..CacheConfig::default() };
-        if let Some(bytes) = options.cache_bytes {
-            config.limit_bytes = bytes;
-        }
+        let plan = MemoryPlan::of(options.cache_bytes.unwrap_or(config.limit_bytes));
+        config.limit_bytes = plan.page_bytes;
         let cache = PageCache::new(config);
         let buffers = BufferCache::new(&cache, dev.clone(), sb.block_size());
         let groups = Groups::load(&sb, &buffers)?;
@@ -170,7 +170,7 @@ impl Ext4 {
             space,
             allocations: crate::alloc_fault::AllocationFault::default(),
             batches,
-            inodes: InodeCache::new(),
+            inodes: InodeCache::new(plan.inodes),
             orphans: Mutex::new(OrphanList::default()),
             ties: Ties::default(),
             xattr_share: XattrShare::default(),

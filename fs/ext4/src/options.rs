@@ -117,7 +117,8 @@ pub struct MountOptions {
     /// Every journal handle is committed before the next begins: see
     /// [`JournalConfig`](uext_jbd2::JournalConfig). For tests.
     pub commit_each_handle: bool,
-    /// Memory for cached pages, bytes; a sixteenth of the machine's when not given.
+    /// Memory for cached pages and inodes and what is kept about them, bytes; a sixteenth of
+    /// the machine's when not given.
     pub cache_bytes: Option<usize>,
     /// Access times.
     pub atime: AtimePolicy,
