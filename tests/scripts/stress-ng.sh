@@ -17,7 +17,8 @@ fi
 [ ${#stressors[@]} -gt 0 ] || { echo "stress-ng: names no stressors"; exit 1; }
 work=$(mktemp -d /var/tmp/uext-stress-XXXXXX)
 mkdir "$work/mnt"
-unmount() { for _ in 1 2 3 4 5 6 7 8; do umount "$work/mnt" 2>/dev/null && return; sleep 1; done; umount -l "$work/mnt"; }
+# Somebody else may have the mount open for a while, such as a stressor beside that watches all.
+unmount() { for _ in {1..60}; do umount "$work/mnt" 2>/dev/null && return; sleep 1; done; umount -l "$work/mnt"; }
 cleanup() { mountpoint -q "$work/mnt" && unmount; rm -rf "$work"; }
 trap cleanup EXIT
 trap 'exit 130' INT TERM
