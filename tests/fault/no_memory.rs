@@ -125,8 +125,7 @@ fn run(kind: Kind, engine: Engine) {
     let options = OpenOptions { engine, ..OpenOptions::default() };
     let device = FileDevice::open(&image, options).expect("open the image");
     let options = MountOptions {
-        // A tenth of its pages is more than a round dirties, so that the flusher stays asleep.
-        cache_bytes: Some(88 << 20),
+        cache_bytes: Some(64 << 20),
         commit_interval: Duration::from_secs(86_400),
         ..MountOptions::default()
     };

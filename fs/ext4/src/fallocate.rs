@@ -176,7 +176,7 @@ impl Ext4 {
 
     /// Promises blocks for data and for the nodes that map it.
     fn promise(&self, ctx: &Context, inode: &Inode, count: u64) -> Result<Budget<'_>> {
-        let privileged = ctx.is_root();
+        let privileged = self.may_use_reserve(ctx);
         let worst = self.nodes_for(inode, count)?;
         // When space is short the worst does not have to come: few runs need few nodes, and
         // an allocation that finds none in the end is undone.

@@ -624,15 +624,26 @@ impl Ext4 {
     }
 }
 
-/// Clears the set-id bits that a write by somebody else must not leave.
+/// The mode of a file of this group that is left when somebody's change takes the set-id bits.
+pub(crate) fn without_set_id(ctx: &Context, mode: u16, group: u32) -> u16 {
+    // Without the group's execute bit one stays for members of the group, as far as is known. It
+    // is asked only then: every write of an ordinary user comes here.
+    let stays = mode & (S_ISGID | S_IXGRP) == S_ISGID && {
+        let who = ctx.known();
+        who.uid == 0 || who.gid == group
+    };
+    mode & !(if stays { S_ISUID } else { S_ISUID | S_ISGID })
+}
+
+/// Clears the set-id bits that a write by somebody else must not leave. The caller holds
+/// `Inode::rwsem` exclusively.
 pub(crate) fn kill_suidgid(ctx: &Context, inode: &Inode) {
-    let who = ctx.known();
+    let (mode, group) = {
+        let core = inode.core.lock();
+        (core.mode, core.gid)
+    };
+    let mode = without_set_id(ctx, mode, group);
     let mut core = inode.core.lock();
-    let mut mode = core.mode & !S_ISUID;
-    // Without the group's execute bit it stays for members of the group, as far as is known.
-    if mode & S_IXGRP != 0 || (who.uid != 0 && who.gid != core.gid) {
-        mode &= !S_ISGID;
-    }
     if mode != core.mode {
         core.mode = mode;
         core.lazy_dirty = true;

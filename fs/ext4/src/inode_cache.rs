@@ -18,11 +18,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use uext_ondisk::InodeNumber;
-use uext_pagecache::ErrSeqMark;
+use uext_pagecache::{ErrSeqMark, NumberMap};
 use uext_sync::Mutex;
 
 use crate::inode::Inode;
-use crate::int_hash::IntMap;
 use crate::lookups::{Lookups, ROW};
 
 /// Shards of the cache, by inode number, whole rows of lookups in one.
@@ -32,7 +31,7 @@ const BATCH: usize = 64;
 
 #[derive(Default)]
 struct Shard {
-    inodes: IntMap<InodeNumber, Arc<Inode>>,
+    inodes: NumberMap<InodeNumber, Arc<Inode>>,
     /// Lookups that a front end owes a forget for.
     lookups: Lookups,
 }

@@ -60,7 +60,6 @@ mod indirect;
 mod inline;
 mod inode;
 mod inode_cache;
-mod int_hash;
 mod ioctl;
 mod journal_data;
 mod journal_inode;

@@ -13,8 +13,7 @@
 //! Locks: none; whoever has it has the lock.
 
 use uext_ondisk::InodeNumber;
-
-use crate::int_hash::IntMap;
+use uext_pagecache::NumberMap;
 
 /// Inodes of one row.
 pub(crate) const ROW: u32 = 16;
@@ -22,8 +21,8 @@ pub(crate) const ROW: u32 = 16;
 /// Counts of lookups by inode.
 #[derive(Default)]
 pub(crate) struct Lookups {
-    near: IntMap<u32, [u16; ROW as usize]>,
-    far: IntMap<InodeNumber, u64>,
+    near: NumberMap<u32, [u16; ROW as usize]>,
+    far: NumberMap<InodeNumber, u64>,
 }
 
 impl Lookups {

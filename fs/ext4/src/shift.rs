@@ -69,7 +69,7 @@ impl Ext4 {
             return Err(Errno::EFBIG.into());
         }
         if who.uid != 0 {
-            kill_suidgid(ctx, inode);
+            kill_suidgid(&who, inode);
         }
         self.kill_capability(inode)?;
         self.flush_data(inode)?;

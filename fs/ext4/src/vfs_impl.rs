@@ -13,13 +13,10 @@ use uext_vfs::{
 
 use crate::credits;
 use crate::error::{Error, Result};
+use crate::file::without_set_id;
 use crate::fs::Ext4;
 use crate::inode::Inode;
 use crate::options::AtimePolicy;
-
-const S_ISUID: u16 = 0o4000;
-const S_ISGID: u16 = 0o2000;
-const S_IXGRP: u16 = 0o0010;
 
 /// Whether a change takes the set-id bits with it. A change of the owner does; and the
 /// kernel, which leaves that to the filesystem, asks for nothing else by a change of nothing.
@@ -117,33 +114,25 @@ impl Ext4 {
         set: &SetAttr,
     ) -> Result<()> {
         let now = self.now();
-        let kills = kills_suidgid(set) && inode.kind != FileKind::Directory;
         let (mode, group) = {
             let core = inode.core.lock();
-            (set.mode.map_or(core.mode, |mode| mode as u16), core.gid)
+            let bits = set.mode.map_or(core.mode, |mode| mode as u16);
+            ((core.mode & 0o170_000) | (bits & 0o7777), core.gid)
         };
-        // Without the group's execute bit it stays for members of the group, as far as is known.
-        let keeps_sgid = kills && mode & (S_ISGID | S_IXGRP) == S_ISGID && {
-            let who = ctx.known();
-            who.uid == 0 || who.gid == group
-        };
+        let kills = kills_suidgid(set) && inode.kind != FileKind::Directory;
+        let mode = if kills { without_set_id(ctx, mode, group) } else { mode };
         let time = |time: SetTime| match time {
             SetTime::Now => now,
             SetTime::At(at) => self.storable_time(at),
         };
         {
             let mut core = inode.core.lock();
-            if let Some(mode) = set.mode {
-                core.mode = (core.mode & 0o170_000) | (mode as u16 & 0o7777);
-            }
+            core.mode = mode;
             if let Some(uid) = set.uid {
                 core.uid = uid;
             }
             if let Some(gid) = set.gid {
                 core.gid = gid;
-            }
-            if kills {
-                core.mode &= !(if keeps_sgid { S_ISUID } else { S_ISUID | S_ISGID });
             }
             if let Some(atime) = set.atime {
                 core.atime = time(atime);

@@ -73,8 +73,8 @@ struct Keeper {
 struct Shared {
     /// Requests. WHY-RELAXED: a statistic.
     count: AtomicU64,
-    /// `State::held`, for a look without the lock. WHY-RELAXED: who sees it late looks at the
-    /// clock, or for a request, once more or once less.
+    /// Whether the device has the limit. WHY-RELAXED: changed under `state`; who looks without
+    /// it and sees it late looks at the clock, or for a request, once more or once less.
     held: AtomicBool,
     state: Mutex<State>,
     change: Condvar,
@@ -83,7 +83,6 @@ struct Shared {
 struct State {
     device: File,
     limit: i32,
-    held: bool,
     closed: bool,
     /// When a worker last looked at the clock.
     sampled: Option<Instant>,
@@ -122,15 +121,14 @@ impl Awake {
 
     /// Whether CPUs are being kept awake.
     pub(crate) fn is_held(&self) -> bool {
-        // WHY-RELAXED: see there
-        self.keeper.as_ref().is_some_and(|keeper| keeper.shared.held.load(Ordering::Relaxed))
+        self.keeper.as_ref().is_some_and(|keeper| keeper.shared.is_held())
     }
 }
 
 impl Keeper {
     fn start(device: &Path, limit: i32) -> io::Result<Self> {
         let device = OpenOptions::new().write(true).open(device)?;
-        let state = State { device, limit, held: false, closed: false, sampled: None };
+        let state = State { device, limit, closed: false, sampled: None };
         let shared = Arc::new(Shared {
             count: AtomicU64::new(0),
             held: AtomicBool::new(false),
@@ -156,12 +154,16 @@ impl Drop for Keeper {
 }
 
 impl Shared {
+    fn is_held(&self) -> bool {
+        self.held.load(Ordering::Relaxed) // WHY-RELAXED: see there
+    }
+
     /// Holds the limit when the last [`SAMPLE`] requests came quickly.
     fn sample(&self, now: Instant) {
         let Some(mut state) = self.state.try_lock() else { return };
         let last = state.sampled.replace(now);
         let quick = last.is_some_and(|last| now - last <= QUICK * SAMPLE as u32);
-        if quick && !state.held && !state.closed {
+        if quick && !self.is_held() && !state.closed {
             self.set(&mut state, true);
             self.change.notify_all();
         }
@@ -171,7 +173,7 @@ impl Shared {
     fn keep(&self) {
         let mut state = self.state.lock();
         while !state.closed {
-            if !state.held {
+            if !self.is_held() {
                 self.change.wait(&mut state);
                 continue;
             }
@@ -182,7 +184,7 @@ impl Shared {
                 self.set(&mut state, false);
             }
         }
-        if state.held {
+        if self.is_held() {
             self.set(&mut state, false);
         }
     }
@@ -192,7 +194,6 @@ impl Shared {
         if let Err(error) = state.device.write_all(limit.as_bytes()) {
             log::debug!("{DEVICE}: {error}");
         }
-        state.held = held;
         state.sampled = None;
         self.held.store(held, Ordering::Relaxed); // WHY-RELAXED: see there
     }

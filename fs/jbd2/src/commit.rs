@@ -190,7 +190,7 @@ impl Journal {
             }
             state.home.insert(block, (tid, buffer));
         }
-        state.spare = std::mem::take(&mut transaction.buffers);
+        state.spare.push(std::mem::take(&mut transaction.buffers));
         for (&block, buffer) in &transaction.forgotten {
             let mut head = buffer.journal();
             if head.running == Some(tid) {

@@ -212,7 +212,7 @@ impl Journal {
                 if state.free >= needed {
                     let tid = state.next_tid;
                     state.next_tid = tid.wrapping_add(1);
-                    let buffers = std::mem::take(&mut state.spare);
+                    let buffers = state.spare.pop().unwrap_or_default();
                     state.running = Some(Transaction::new(tid, buffers));
                     // WHY-RELAXED: the list lock orders it for the handles of the new transaction.
                     self.has_forgotten.store(false, Ordering::Relaxed);
@@ -410,7 +410,7 @@ fn new_state(next_tid: Tid, head: u32, free: u32) -> State {
         free,
         checkpoints: VecDeque::with_capacity(64),
         home: block_map(free),
-        spare: block_map(free / 4),
+        spare: (0..2).map(|_| block_map(free / 4)).collect(),
         barriers: 0,
         aborted: None,
         closed: false,

@@ -1,9 +1,8 @@
 //! What one transaction holds, and what the journal knows of all of them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use uext_pagecache::Buffer;
+use uext_pagecache::{Buffer, NumberMap};
 use uext_sync::time::Instant;
 
 use crate::error::JournalError;
@@ -26,26 +25,9 @@ pub enum TxState {
     Finished,
 }
 
-/// Mixes a block number so that both ends of the hash are good.
-#[derive(Default)]
-pub(crate) struct BlockHasher(u64);
-
-impl Hasher for BlockHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte) ^ self.0));
-    }
-    fn write_u64(&mut self, n: u64) {
-        let mixed = n.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        self.0 = mixed ^ (mixed >> 32);
-    }
-}
-
 /// Something of blocks, by their number. It has room for what a transaction holds from the
 /// start, so that neither a handle nor a commit needs memory for it.
-pub(crate) type BlockMap<T> = HashMap<u64, T, BuildHasherDefault<BlockHasher>>;
+pub(crate) type BlockMap<T> = NumberMap<u64, T>;
 
 /// Most entries for which a map has room from the start.
 const MAX_ROOM: usize = 16_384;
@@ -54,7 +36,7 @@ const MAX_ROOM: usize = 16_384;
 pub(crate) fn block_map<T>(most: u32) -> BlockMap<T> {
     // Twice as many: a map that is half empty cleans up in place.
     let room = usize::try_from(most).unwrap_or(MAX_ROOM).min(MAX_ROOM) * 2;
-    BlockMap::with_capacity_and_hasher(room, BuildHasherDefault::default())
+    BlockMap::with_capacity_and_hasher(room, Default::default())
 }
 
 /// The running transaction.
@@ -124,8 +106,8 @@ pub(crate) struct State {
     pub(crate) checkpoints: VecDeque<Checkpoint>,
     /// Their blocks that are not home, each with the newest of them that holds it.
     pub(crate) home: BlockMap<(Tid, Buffer)>,
-    /// For the next transaction.
-    pub(crate) spare: BlockMap<Buffer>,
+    /// For the next transactions: there are two at a time, one running and one that commits.
+    pub(crate) spare: Vec<BlockMap<Buffer>>,
     /// While not 0 no handle starts.
     pub(crate) barriers: u32,
     pub(crate) aborted: Option<JournalError>,

@@ -11,8 +11,6 @@
 //! number); content lock; then, as leaves, shard and dirty set. A shard lock is never
 //! held while memory is allocated or I/O waited for.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 use uext_sync::atomic::{AtomicBool, Ordering, fence};
@@ -25,6 +23,7 @@ use uext_sync::{Condvar, Mutex, RwLock};
 use crate::buffer::{Buffer, BufferHead, DirtyBuffers};
 use crate::cache::PageCache;
 use crate::frame::{Frame, FrameWrite, PAGE_SIZE};
+use crate::number_map::NumberMap;
 use crate::rmap::{FrameOwner, Mapping};
 
 /// Shards of the table; a power of two.
@@ -38,30 +37,13 @@ const BOUNCE_COUNT: usize = 3;
 /// Most bytes one call of `readahead` reads.
 const READAHEAD_BYTES: u64 = 1024 * 1024;
 
-/// Mixes a block number so that both ends of the hash are good.
-#[derive(Default)]
-struct BlockHasher(u64);
-
-impl Hasher for BlockHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|b| self.write_u64(u64::from(*b) ^ self.0));
-    }
-    fn write_u64(&mut self, n: u64) {
-        let mixed = n.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        self.0 = mixed ^ (mixed >> 32);
-    }
-}
-
 /// The blocks that share a frame.
 struct Group {
     frame: Arc<Frame>,
     heads: [Option<Buffer>; MAX_PER_PAGE],
 }
 
-type ShardMap = HashMap<u64, Group, BuildHasherDefault<BlockHasher>>;
+type ShardMap = NumberMap<u64, Group>;
 type Shard = Mutex<ShardMap>;
 
 /// Called when memory is short and the journal holds buffers that only a checkpoint

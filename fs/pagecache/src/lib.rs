@@ -37,6 +37,7 @@ mod frame;
 mod loom_model;
 #[cfg(all(test, shuttle))]
 mod model;
+mod number_map;
 mod readahead;
 mod reclaim;
 mod rmap;
@@ -54,5 +55,6 @@ pub use folio::{
     Folio, FolioBlocks, FolioReadGuard, FolioWriteGuard, PAGE_CONTENTS, WritebackGuard,
 };
 pub use frame::{Frame, PAGE_SIZE};
+pub use number_map::{NumberHasher, NumberMap};
 pub use readahead::ReadaheadState;
 pub use reclaim::NoWaitScope;

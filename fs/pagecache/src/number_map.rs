@@ -1,19 +1,18 @@
-//! A hash for small numbers as keys, such as inode numbers: one multiplication.
-//!
-//! Whoever makes files chooses neither inode numbers nor the multiplier's effect on them, so
-//! nothing is needed against keys that are chosen to collide.
+//! Maps by numbers that nobody chooses so that they collide: of blocks, of inodes.
 
+use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
-/// A map by small numbers.
-pub(crate) type IntMap<K, V> = std::collections::HashMap<K, V, BuildHasherDefault<IntHasher>>;
+/// A map by small numbers, without the keyed hash of the standard library, which costs several
+/// times as much.
+pub type NumberMap<K, V> = HashMap<K, V, BuildHasherDefault<NumberHasher>>;
 
 /// Mixes a number so that both ends of the hash are good: tables use the low bits for the place
 /// and the high ones to tell entries apart.
 #[derive(Default)]
-pub(crate) struct IntHasher(u64);
+pub struct NumberHasher(u64);
 
-impl Hasher for IntHasher {
+impl Hasher for NumberHasher {
     fn finish(&self) -> u64 {
         self.0
     }
