@@ -19,6 +19,7 @@ use uext_fuse::mount_table::MountEntry;
 pub struct MountState {
     file: Flock<File>,
     path: PathBuf,
+    directory: File,
 }
 
 const CLEAN: &str = "clean";
@@ -37,7 +38,9 @@ impl MountState {
     ) -> io::Result<Self> {
         let base = own_directory()?;
         let path = base.join(file_name(device));
-        // What a daemon that was killed has left is not ours.
+        let directory = File::open(&base)?;
+        let _alone = alone_in(&directory)?;
+        // What a daemon that was killed, or lingers, has left is not ours.
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -49,7 +52,7 @@ impl MountState {
         let options = options.iter().map(|option| format!("option {option}\n"));
         let text = format!("pid {pid}\nsource {source}\nmount {dir}\n");
         file.write_all((text + &options.collect::<String>()).as_bytes())?;
-        Ok(Self { file, path })
+        Ok(Self { file, path, directory })
     }
 
     /// Says how the unmount went; the lock goes with the process.
@@ -60,7 +63,13 @@ impl MountState {
         };
         // Nobody may be waiting, and then nobody misses it.
         let _ = self.file.write_all(line.as_bytes());
-        let _ = fs::remove_file(&self.path);
+        let _alone = alone_in(&self.directory);
+        // A next mount of the same device may have left its own word there.
+        let ours = self.file.metadata().map(|meta| (meta.dev(), meta.ino()));
+        let there = fs::symlink_metadata(&self.path).map(|meta| (meta.dev(), meta.ino()));
+        if matches!((ours, there), (Ok(ours), Ok(there)) if ours == there) {
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -113,6 +122,13 @@ impl MountWaiter {
     }
 }
 
+/// Keeps other daemons from making and removing files in a directory.
+fn alone_in(directory: &File) -> io::Result<Flock<File>> {
+    // A lock belongs to an open file, so another daemon's lock is not ours.
+    let directory = directory.try_clone()?;
+    Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
+}
+
 fn file_name(device: (u32, u32)) -> String {
     format!("{}:{}", device.0, device.1)
 }
@@ -153,4 +169,22 @@ fn own_directory() -> io::Result<PathBuf> {
         }
     }
     Err(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The daemon of an unmounted device may end after the next mount of it has begun.
+    #[test]
+    fn a_daemon_that_ends_late_leaves_the_word_of_the_next_mount() {
+        let device = (u32::MAX, std::process::id());
+        let word = || MountState::create(device, Path::new("a"), Path::new("b"), &[]).unwrap();
+        let there = || own_directory().unwrap().join(file_name(device)).exists();
+        let (first, second) = (word(), word());
+        first.finish(Ok(()));
+        assert!(there());
+        second.finish(Ok(()));
+        assert!(!there());
+    }
 }

@@ -20,6 +20,7 @@ pub mod fuser_front;
 pub mod mount_table;
 pub mod notify;
 pub mod null;
+mod place;
 pub mod reply;
 pub mod session;
 mod spin;

@@ -34,8 +34,8 @@ use crate::awake::Awake;
 pub use crate::awake::CpuLatency;
 use crate::devfuse;
 use crate::dispatch::{AfterUnmount, Dispatcher};
-use crate::mount_table;
 use crate::notify::Notifier;
+use crate::place::Place;
 use crate::spin::Spin;
 use crate::sys::{self, FsContext, MountAttr};
 use crate::uring::{self, Rings};
@@ -284,17 +284,10 @@ impl Pending {
                 return Err(error);
             }
         };
-        let mut session = Session {
-            dispatcher,
-            workers,
-            control,
-            notifier,
-            mount_point: dir.to_owned(),
-            device: (0, 0),
-        };
+        let mut session = Session { dispatcher, workers, control, notifier, place: None };
         match attach(&context, attributes, &config, block, dir, before) {
-            Ok(device) => {
-                session.device = device;
+            Ok(place) => {
+                session.place = Some(place);
                 Ok(session)
             }
             Err(error) => {
@@ -311,7 +304,7 @@ impl Pending {
     }
 }
 
-/// Attaches the mount and gives its device number.
+/// Attaches the mount.
 fn attach(
     context: &FsContext,
     attributes: MountAttr,
@@ -319,7 +312,7 @@ fn attach(
     block: bool,
     dir: &Path,
     before: Option<BeforeAttach>,
-) -> io::Result<(u32, u32)> {
+) -> io::Result<Place> {
     let mount = context.mount(attributes)?;
     let device = mount.device()?;
     // Device numbers of a file's metadata are libc's; both parts fit 32 bits.
@@ -338,8 +331,9 @@ fn attach(
     if let Some(before) = before {
         before(device);
     }
+    let place = Place::new(dir, device, &mount);
     mount.attach(dir)?;
-    Ok(device)
+    Ok(place)
 }
 
 fn unmount_after_failure(dispatcher: &Dispatcher) {
@@ -619,14 +613,14 @@ pub struct Session {
     workers: Workers,
     control: Arc<Control>,
     notifier: Notifier,
-    mount_point: PathBuf,
-    device: (u32, u32),
+    /// `None` when it could not be attached.
+    place: Option<Place>,
 }
 
 impl Session {
     /// The filesystem's device number, major and minor, as the table of mounts has it.
     pub fn device(&self) -> (u32, u32) {
-        self.device
+        self.place.as_ref().map_or((0, 0), |place| place.device)
     }
 
     /// Whether requests come by rings.
@@ -641,11 +635,7 @@ impl Session {
 
     /// A way to end the session from another thread.
     pub fn stopper(&self) -> Stopper {
-        Stopper {
-            control: self.control.clone(),
-            mount_point: self.mount_point.clone(),
-            device: self.device,
-        }
+        Stopper { control: self.control.clone(), place: self.place.clone() }
     }
 
     /// Waits for the end; the filesystem is then unmounted.
@@ -654,24 +644,15 @@ impl Session {
     /// The filesystem's own from its unmount: the image may not be clean.
     pub fn wait(self) -> Result<(), SessionError> {
         let failed = self.workers.join();
-        // DESTROY has done it, except for plain fuse and after an abort.
-        self.dispatcher.unmount().map_err(SessionError::Unmount)?;
-        detach(&self.mount_point, self.device);
+        // DESTROY has done it, except for plain fuse and after an abort. It comes when the last
+        // mount is gone.
+        let destroyed = self.dispatcher.is_unmounted();
+        let unmounted = self.dispatcher.unmount();
+        if let Some(place) = self.place.filter(|_| !destroyed) {
+            place.detach();
+        }
+        unmounted.map_err(SessionError::Unmount)?;
         failed.map_or(Ok(()), |error| Err(SessionError::Device(error)))
-    }
-}
-
-/// Whether the mount is still in its place.
-fn is_mounted(dir: &Path, device: (u32, u32)) -> bool {
-    matches!(mount_table::mount_at(dir), Ok(Some(mount)) if mount.device == device)
-}
-
-/// Takes a dead mount (its connection aborted) out of the way.
-fn detach(dir: &Path, device: (u32, u32)) {
-    if is_mounted(dir, device)
-        && let Err(errno) = umount2(dir, MntFlags::MNT_DETACH)
-    {
-        log::warn!("{}: umount: {errno}", dir.display());
     }
 }
 
@@ -679,16 +660,15 @@ fn detach(dir: &Path, device: (u32, u32)) {
 #[derive(Clone)]
 pub struct Stopper {
     control: Arc<Control>,
-    mount_point: PathBuf,
-    device: (u32, u32),
+    place: Option<Place>,
 }
 
 impl Stopper {
     /// Unmounts. A mount in use is detached, what the kernel has not written yet is
     /// written, and the session ends with files open, whose users get errors.
     pub fn stop(&self) {
-        let dir = &self.mount_point;
-        if is_mounted(dir, self.device) {
+        if let Some(place) = self.place.as_ref().filter(|place| place.is_taken()) {
+            let dir = &place.dir;
             match umount2(dir, MntFlags::empty()) {
                 Ok(()) => return,
                 Err(errno) => log::warn!("{}: umount: {errno}; detaching it", dir.display()),
@@ -696,7 +676,7 @@ impl Stopper {
             if let Err(error) = File::open(dir).and_then(|root| sys::syncfs(&root)) {
                 log::warn!("{}: syncfs: {error}", dir.display());
             }
-            detach(dir, self.device);
+            place.detach();
         }
         self.control.stop();
     }

@@ -4,7 +4,7 @@
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -147,6 +147,12 @@ pub fn mount_again(from: &MountEntry, dir: &Path, attributes: MountAttr) -> io::
 
 /// A mount without a place; dropping it unmounts.
 pub(crate) struct DetachedMount(File);
+
+impl AsFd for DetachedMount {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
 
 impl DetachedMount {
     /// The device number of the filesystem; asks it for its root's attributes.

@@ -238,6 +238,51 @@ fn an_aborted_connection_unmounts_the_filesystem_and_leaves_no_mount() {
     }
 }
 
+/// A session that lingers after its unmount, or is told late to stop, must leave alone what was
+/// mounted in its place meanwhile, from the same device even.
+#[test]
+fn a_session_that_ends_late_leaves_the_next_mount_in_its_place() {
+    for kind in [Kind::Block, Kind::Plain] {
+        if !can_mount() {
+            return;
+        }
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = scratch.path().join("mount");
+        fs::create_dir(&dir).unwrap();
+        let image = scratch.path().join("image");
+        File::create(&image).unwrap().set_len(1 << 20).unwrap();
+        let source = match kind {
+            // A device of its own, so that both mounts have its number.
+            Kind::Block => {
+                let output = Command::new("losetup").args(["-f", "--show"]).arg(&image).output();
+                let device = String::from_utf8(output.unwrap().stdout).unwrap();
+                Source::Device(device.trim().into())
+            }
+            Kind::Plain => Source::Name("nothing".into()),
+        };
+        let serve = || {
+            let pending = Pending::create(&source, &Config::default()).unwrap();
+            pending.serve(Arc::new(NullFs::default()), &dir).unwrap()
+        };
+        let mounted = || mount_table::mount_at(&dir).unwrap().is_some();
+        let first = serve();
+        umount2(&dir, MntFlags::empty()).unwrap();
+        let second = serve();
+        let same_number = second.device() == first.device();
+        first.stopper().stop();
+        let after_stop = mounted();
+        first.wait().unwrap();
+        let after_wait = mounted();
+        let _ = umount2(&dir, MntFlags::empty());
+        second.wait().unwrap();
+        if let Source::Device(device) = &source {
+            assert!(Command::new("losetup").arg("-d").arg(device).status().unwrap().success());
+            assert!(same_number);
+        }
+        assert!(after_stop && after_wait, "{after_stop} {after_wait}");
+    }
+}
+
 #[test]
 fn a_stop_ends_the_session_with_files_open() {
     for kind in [Kind::Block, Kind::Plain] {
