@@ -318,7 +318,8 @@ impl Ext4 {
     /// was written: less than all only when space or the largest size ended it.
     ///
     /// # Errors
-    /// `ENOSPC`, `EFBIG`, `EROFS`, `EPERM`, or how reading a page failed, when nothing was written.
+    /// `ENOSPC`, `EFBIG`, `EROFS`, `EPERM`, or how reading a page failed, when nothing was written;
+    /// with `DIRECT` also when something was, since the kernel makes `EIO` of a short direct write.
     pub(crate) fn file_write(
         &self,
         ctx: &Context,
@@ -353,6 +354,10 @@ impl Ext4 {
                 return Err(Errno::EFBIG.into());
             }
             let room = usize::try_from(most - offset).unwrap_or(usize::MAX);
+            let direct = flags.contains(WriteFlags::DIRECT);
+            if direct && room < data.len() {
+                return Err(Errno::EFBIG.into());
+            }
             let data = &data[..data.len().min(room)];
             self.allow_size(offset + data.len() as u64)?;
             if flags.contains(WriteFlags::KILL_SUIDGID) {
@@ -364,7 +369,8 @@ impl Ext4 {
             if offset > size {
                 self.zero_tail(inode, size)?;
             }
-            let written = self.write_pages_of(inode, offset, data, self.may_use_reserve(ctx))?;
+            let written =
+                self.write_pages_of(inode, offset, data, self.may_use_reserve(ctx), direct)?;
             if self.journals_data(inode) {
                 // From the old end on, whose tail may have been zeroed.
                 self.journal_range(inode, offset.min(size)..offset + written as u64)?;
@@ -387,6 +393,7 @@ impl Ext4 {
         offset: u64,
         data: &[u8],
         privileged: bool,
+        all_or_error: bool,
     ) -> Result<usize> {
         let mut done = 0;
         let mut chunk_len = WRITE_CHUNK;
@@ -409,7 +416,7 @@ impl Ext4 {
                 Err(error) if error.is(Errno::ENOSPC) && chunk_len > PAGE_SIZE => {
                     chunk_len = PAGE_SIZE;
                 }
-                Err(_) if done > 0 => break,
+                Err(_) if done > 0 && !all_or_error => break,
                 Err(error) => return Err(error),
             }
         }
