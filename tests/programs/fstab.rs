@@ -73,15 +73,70 @@ fn mount_by_type_takes_an_image_and_a_device_and_says_why_it_refuses() {
     let said = installed(
         scratch.path(),
         "mount -t fuse.uext image mnt; echo text >mnt/file; umount mnt; \
-         mount -t fuse.uext -o ro image mnt; cat mnt/file; \
-         ! mount -o remount,rw mnt; ! touch mnt/file; umount mnt; \
+         mount -t fuse.uext -o ro image mnt; cat mnt/file; ! touch mnt/file; umount mnt; \
          loop=$(losetup -f --show image); trap 'losetup -d $loop' EXIT; \
          mount -t fuse.uext $loop mnt; cat mnt/file; umount mnt; \
          mount -t fuse.uext -o nonsense $loop mnt || echo \"status $?\"; ! shown",
     );
     assert_eq!(said.matches("text\n").count(), 2, "{said}");
-    assert!(said.contains("mounted read-only: unmount it and mount it with rw"), "{said}");
     assert!(said.contains("status 32"), "{said}");
     assert!(said.contains("nonsense"), "{said}");
+    assert_clean(&image);
+}
+
+/// A mount that begins read-only and becomes writable, as the root filesystem does: nothing that
+/// is open or known is lost by it, files without a name neither.
+#[test]
+fn a_mount_that_began_read_only_is_made_writable_and_clean_again() {
+    require!("mke2fs", "e2fsck", "unshare", "losetup");
+    let scratch = Scratch::new();
+    let image = scratch.mkfs("image", EXT4, 32 << 20, &[]);
+    scratch.mount_point("mnt");
+    let said = installed(
+        scratch.path(),
+        "mount -t fuse.uext image mnt; mkdir mnt/d; echo text >mnt/d/file; echo more >mnt/d/gone; \
+         umount mnt; \
+         loop=$(losetup -f --show image); trap 'losetup -d $loop' EXIT; \
+         sum=$(md5sum <image); mount -t fuse.uext -o ro,nodev $loop mnt; cd mnt/d; exec 4<gone 5<file; \
+         ls -l >/dev/null; ! touch new; sync; [ \"$sum\" = \"$(md5sum <../../image)\" ]; \
+         mount -o remount,rw \"$(dirname \"$PWD\")\"; echo changed >>file; rm gone; \
+         for i in $(seq 200); do echo $i >fill-$i; done; sync; \
+         cat <&4; cat <&5; exec 4<&- 5<&-; cd ../..; shown; \
+         mount -o remount,ro mnt; ! touch mnt/d/new; e2fsck -fn $loop >/dev/null; \
+         mount -o remount,rw mnt; rm mnt/d/fill-*; umount mnt",
+    );
+    let lines: Vec<&str> = said.lines().filter(|line| line.contains("fuseblk.uext")).collect();
+    let [line] = lines[..] else { panic!("{said}") };
+    assert!(line.contains(" rw,nodev"), "{said}");
+    assert_eq!(
+        (said.matches("more\n").count(), said.matches("text\nchanged\n").count()),
+        (1, 1),
+        "{said}"
+    );
+    assert_clean(&image);
+}
+
+/// Why it cannot become writable is said, and the mount goes on as it was.
+#[test]
+fn a_mount_that_cannot_be_made_writable_says_why() {
+    require!("mke2fs", "e2fsck", "unshare", "debugfs", "losetup");
+    let scratch = Scratch::new();
+    let image = scratch.mkfs("image", EXT4, 32 << 20, &[]);
+    scratch.mount_point("mnt");
+    let said = installed(
+        scratch.path(),
+        "mount -t fuse.uext image mnt; echo text >mnt/file; umount mnt; \
+         refused() { mount -t fuse.uext -o $1 $2 mnt; ! mount -o remount,rw mnt; ! touch mnt/new; \
+             cat mnt/file; shown; umount mnt; }; \
+         refused ro image; loop=$(losetup -f --show image); trap 'losetup -d $loop' EXIT; \
+         refused ro,norecovery $loop; debugfs -w -R 'feature quota' image; refused ro $loop; \
+         debugfs -w -R 'feature -quota' image",
+    );
+    assert_eq!(said.matches("text\n").count(), 3, "{said}");
+    let lines: Vec<&str> = said.lines().filter(|line| line.contains("fuseblk.uext")).collect();
+    assert!(lines.iter().all(|line| line.contains(" ro,")), "{said}");
+    for reason in ["an image that was mounted", "norecovery", "quota"] {
+        assert!(said.contains(reason), "{reason}: {said}");
+    }
     assert_clean(&image);
 }

@@ -26,7 +26,7 @@ use uext_blockdev::BlockDevice;
 use uext_blockdev::file::{FileDevice, OpenError, OpenOptions};
 use uext_ext4::MountOptions;
 use uext_fuse::fuser_front::{self, FuserMount};
-use uext_fuse::{Pending, Session, SessionError, Source, Stopper, mount_table};
+use uext_fuse::{Pending, Reopen, Session, SessionError, Source, Stopper, mount_table};
 use uext_vfs::FileSystem;
 
 use crate::logging::{self, LogTarget};
@@ -207,6 +207,11 @@ impl Front {
         // Who sees the mount finds the word of it too, not that of a dead one with its number.
         let (to_us, word) = std::sync::mpsc::channel();
         let place = (source.to_owned(), dir.to_owned(), request.given.clone());
+        let pending = if request.ext4.read_only {
+            pending.reopen_by(reopener(source, dir, request, opener))
+        } else {
+            pending
+        };
         let served = pending
             .after_unmount(move || device.release_claim())
             .before_attach(move |number| {
@@ -239,6 +244,31 @@ impl Front {
             Self::Portable(mount) => mount.wait(),
         }
     }
+}
+
+/// Opens for writing what is mounted for reading alone. Over an image lies a loop device that
+/// cannot be written, and the kernel lets nobody change that, not for a mount of its own either.
+fn reopener(source: &Path, dir: &Path, request: &MountRequest, opener: Opener) -> Reopen {
+    // A daemon has the root directory for its own.
+    let source = source.canonicalize().unwrap_or_else(|_| source.to_owned());
+    let (dir, engine, mut ext4) = (dir.to_owned(), request.engine, request.ext4.clone());
+    let norecovery = ext4.norecovery;
+    (ext4.read_only, ext4.rw_explicit) = (false, true);
+    Box::new(move || {
+        let again = "unmount it and mount it with rw";
+        if norecovery {
+            return Err(format!("mounted with norecovery: {again}"));
+        }
+        if !is_block_device(&source) {
+            return Err(format!("an image that was mounted read-only: {again}"));
+        }
+        let options = OpenOptions { engine, claim: false, ..OpenOptions::default() };
+        let device = FileDevice::open(&source, options).map_err(|error| error.to_string())?;
+        let fs = opener(device, &source.to_string_lossy(), &ext4)?;
+        let dir = dir.clone();
+        fs.on_read_only(Box::new(move || shown::show_read_only(dir.clone())));
+        Ok(fs)
+    })
 }
 
 /// What `uext umount` waits by, and a remount compares with; the mount works without it.
@@ -320,19 +350,22 @@ fn open(source: &Path, request: &mut MountRequest, portable: bool) -> Result<Ope
     }
 }
 
+fn is_block_device(source: &Path) -> bool {
+    std::fs::metadata(source).is_ok_and(|meta| meta.file_type().is_block_device())
+}
+
 fn try_open(source: &Path, request: &MountRequest, portable: bool) -> Result<Opened, OpenFailure> {
     let options = OpenOptions {
         read_only: request.ext4.read_only,
         engine: request.engine,
         ..OpenOptions::default()
     };
-    let is_block = std::fs::metadata(source).is_ok_and(|meta| meta.file_type().is_block_device());
     if portable {
         return Ok((FileDevice::open(source, options)?, None));
     }
     let create = |of: &Source| Pending::create(of, &request.fuse);
     let mount_error = |error: io::Error| OpenFailure::of_mount(source, &error);
-    if is_block {
+    if is_block_device(source) {
         let pending = create(&Source::Device(source.to_owned())).map_err(mount_error)?;
         let device = FileDevice::open(source, OpenOptions { claim: false, ..options })?;
         return Ok((device, Some(pending)));

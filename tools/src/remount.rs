@@ -105,15 +105,16 @@ impl Remount {
         }
         self.check_fixed(&entry)?;
         let read_only = self.read_only.unwrap_or(entry.read_only);
-        let tell = || {
+        let tell = |read_only| {
             let root = File::open(dir).map_err(|error| named(&error.to_string()))?;
             control::remount(&root, self.words(read_only)).map_err(|error| {
+                let refusal = || control::refusal(&root);
                 named(&match error.raw_os_error() {
-                    Some(libc::EROFS) => {
-                        "mounted read-only: unmount it and mount it with rw, after uext fsck if an \
-                         error made it so"
+                    Some(libc::EROFS) => refusal().unwrap_or_else(|| {
+                        "an error made it read-only: unmount it, and mount it with rw after uext \
+                         fsck"
                             .to_owned()
-                    }
+                    }),
                     _ => error.to_string(),
                 })
             })
@@ -131,10 +132,12 @@ impl Remount {
         };
         if read_only {
             change()?;
-            tell()
+            tell(true)
         } else {
-            tell()?;
-            change()
+            tell(false)?;
+            // What the kernel lets nobody write is to be clean.
+            let clean = |problem| tell(true).err().unwrap_or(problem);
+            change().map_err(|problem| if entry.read_only { clean(problem) } else { problem })
         }
     }
 

@@ -118,6 +118,16 @@ impl InodeCache {
         }
     }
 
+    /// All lookups that a front end owes forgets for.
+    pub fn known(&self) -> Vec<(InodeNumber, u64)> {
+        self.shards.iter().flat_map(|shard| shard.lock().lookups.all()).collect()
+    }
+
+    /// Says that a front end owes forgets for so many lookups, whatever was counted before.
+    pub fn owe(&self, ino: InodeNumber, count: u64) {
+        self.shard(ino).lock().lookups.set(ino, count);
+    }
+
     /// Gives back lookups; the inode when none is left and it is in memory. For one that was
     /// never looked up `count` is 0.
     pub fn forget(&self, ino: InodeNumber, count: u64) -> Option<Arc<Inode>> {

@@ -62,7 +62,15 @@ impl Lookups {
         self.set(ino, 0);
     }
 
-    fn set(&mut self, ino: InodeNumber, lookups: u64) {
+    /// All counts.
+    pub fn all(&self) -> Vec<(InodeNumber, u64)> {
+        let inodes = self.near.keys().flat_map(|row| (0..ROW).map(move |at| row * ROW + at));
+        let counts = inodes.map(|ino| (InodeNumber(ino), self.get(InodeNumber(ino))));
+        counts.filter(|(_, count)| *count > 0).collect()
+    }
+
+    /// Counts so many, whatever was counted before.
+    pub fn set(&mut self, ino: InodeNumber, lookups: u64) {
         let near = u16::try_from(lookups).unwrap_or(u16::MAX);
         let far = lookups - u64::from(near);
         if far > 0 {
@@ -71,8 +79,10 @@ impl Lookups {
             self.far.remove(&ino);
         }
         let (row, at) = Self::place(ino);
-        if let Some(counts) = self.near.get_mut(&row) {
-            counts[at] = near;
+        if lookups > 0 {
+            self.near.entry(row).or_default()[at] = near;
+        } else if let Some(counts) = self.near.get_mut(&row) {
+            counts[at] = 0;
             if *counts == [0; ROW as usize] {
                 self.near.remove(&row);
                 // After a million forgets the memory goes back.
@@ -95,7 +105,7 @@ mod tests {
     proptest! {
         #[test]
         fn counts_are_those_of_a_plain_map(
-            steps in prop::collection::vec((1u32..40, 0u8..4, 0u64..70_000), 1..200),
+            steps in prop::collection::vec((1u32..40, 0u8..5, 0u64..70_000), 1..200),
         ) {
             let mut plain = HashMap::<u32, u64>::new();
             let mut lookups = Lookups::default();
@@ -111,6 +121,10 @@ mod tests {
                         *count = count.saturating_sub(many);
                         prop_assert_eq!(lookups.take(number, many), *count);
                     }
+                    3 => {
+                        *count = many;
+                        lookups.set(number, many);
+                    }
                     _ => {
                         *count = 0;
                         lookups.remove(number);
@@ -119,6 +133,9 @@ mod tests {
                 for (&ino, &count) in &plain {
                     prop_assert_eq!(lookups.get(InodeNumber(ino)), count);
                 }
+                let all: HashMap<_, _> = lookups.all().into_iter().map(|(ino, n)| (ino.0, n)).collect();
+                let counted = plain.clone().into_iter().filter(|(_, count)| *count > 0).collect();
+                prop_assert_eq!(all, counted);
             }
             for &ino in plain.keys() {
                 lookups.remove(InodeNumber(ino));

@@ -320,6 +320,7 @@ impl Ext4 {
             return Ok(());
         }
         if self.is_read_only() && self.journal.aborted().is_none() && !self.had_error() {
+            self.cache.drop_clean();
             return Ok(());
         }
         let watch = self.quiet.lock().take();

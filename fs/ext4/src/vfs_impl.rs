@@ -48,7 +48,7 @@ fn check_flags(inode: &Inode, set: &SetAttr) -> Result<()> {
 impl Ext4 {
     /// Whether every access is to change a time: `strictatime`.
     fn sees_every_read(&self) -> bool {
-        self.options.atime == AtimePolicy::Strict && !self.options.read_only
+        self.options.atime == AtimePolicy::Strict
     }
 
     fn inode(&self, ino: Ino) -> Result<Arc<Inode>> {
@@ -468,6 +468,18 @@ impl FileSystem for Ext4 {
 
     fn on_read_only(&self, f: Box<dyn Fn() + Send + Sync>) {
         *self.on_read_only.lock() = Some(f);
+    }
+
+    fn known(&self) -> Vec<(Ino, u64)> {
+        self.inodes.known().into_iter().map(|(ino, count)| (ino.0.into(), count)).collect()
+    }
+
+    fn take_over(&self, known: &[(Ino, u64)]) {
+        for &(ino, count) in known {
+            if let Ok(ino) = u32::try_from(ino) {
+                self.inodes.owe(InodeNumber(ino), count);
+            }
+        }
     }
 
     fn unmount(&self) -> uext_vfs::Result<()> {

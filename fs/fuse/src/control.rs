@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 
-use uext_vfs::{IOC_REMOUNT, RemountFlags};
+use uext_vfs::{IOC_REFUSAL, IOC_REMOUNT, RemountFlags};
 
 use crate::sys;
 
@@ -14,4 +14,9 @@ use crate::sys;
 /// The filesystem's own: it may refuse to be written.
 pub fn remount(root: &File, flags: RemountFlags) -> io::Result<()> {
     sys::send_word(root, IOC_REMOUNT, flags.bits())
+}
+
+/// Why the last remount was refused, in one line; `None` where that is not known.
+pub fn refusal(root: &File) -> Option<String> {
+    sys::receive_text(root, IOC_REFUSAL).ok().filter(|text| !text.is_empty())
 }

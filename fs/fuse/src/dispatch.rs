@@ -14,8 +14,8 @@ use std::time::Duration;
 use uext_sync::Mutex;
 use uext_vfs::{
     Capabilities, Context, Entry, Errno, FileHandle, FileKind, FileSystem, IOC_COLLAPSE_RANGE,
-    IOC_INSERT_RANGE, Ino, Ioctl, OpenReply, ReadReply, RenameFlags, Result, SetAttr, SetTime,
-    Timestamp, WriteFlags, XattrFlags,
+    IOC_INSERT_RANGE, IOC_REFUSAL, IOC_REMOUNT, Ino, Ioctl, OpenReply, ReadReply, RemountFlags,
+    RenameFlags, Result, SetAttr, SetTime, Timestamp, WriteFlags, XattrFlags,
 };
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
@@ -25,6 +25,7 @@ use crate::caller::Caller;
 use crate::foresight::Foresight;
 use crate::notify::Notifier;
 use crate::reply::{self, Answer, Inodes, Listing, ReplyBuf, Timeouts};
+use crate::served::{Reopen, Served};
 use crate::session::Config;
 
 /// Longest name of a file.
@@ -74,7 +75,7 @@ impl<'a> Request<'a> {
 
 /// Serves requests of one mount.
 pub struct Dispatcher {
-    fs: Arc<dyn FileSystem>,
+    fs: Served,
     root: Ino,
     capabilities: Capabilities,
     timeouts: Timeouts,
@@ -114,7 +115,7 @@ impl Dispatcher {
         Self {
             root: fs.root(),
             capabilities: fs.capabilities(),
-            fs,
+            fs: Served::new(fs),
             timeouts,
             config: config.clone(),
             offer_uring: AtomicBool::new(false),
@@ -155,6 +156,11 @@ impl Dispatcher {
     /// Whether the kernel has agreed to FUSE over io_uring.
     pub(crate) fn uring_agreed(&self) -> bool {
         self.uring_agreed.load(Ordering::Acquire) // PAIRS-WITH: init
+    }
+
+    /// Lets a filesystem that is mounted for reading alone be opened for writing.
+    pub(crate) fn reopen_by(&self, reopen: Reopen) {
+        self.fs.reopen_by(reopen);
     }
 
     /// Has `after` run once the filesystem has unmounted, well or not, and before
@@ -200,6 +206,12 @@ impl Dispatcher {
                 _ => Answer::Status(Err(Errno::ENODEV)),
             };
         }
+        if opcode == Opcode::Ioctl
+            && let Err(errno) = self.before_ioctl(req)
+        {
+            return Answer::Status(Err(errno));
+        }
+        let _in = self.fs.enter();
         match self.serve(opcode, req, out) {
             Ok(answer) => answer,
             Err(_) if matches!(opcode, Opcode::Forget | Opcode::BatchForget) => Answer::None,
@@ -620,6 +632,18 @@ impl Dispatcher {
         Ok(Answer::Buffer)
     }
 
+    /// A remount that asks for writing may have to open the filesystem anew, which no request
+    /// must see half done.
+    fn before_ioctl(&self, req: &Request<'_>) -> Result<()> {
+        let args: abi::IoctlIn = req.args()?;
+        if args.cmd != IOC_REMOUNT {
+            return Ok(());
+        }
+        let (flags, _) = u32::read_from_prefix(req.payload).map_err(|_| Errno::EINVAL)?;
+        let read_only = RemountFlags::from_bits_retain(flags).contains(RemountFlags::READ_ONLY);
+        if read_only || !req.context().is_root() { Ok(()) } else { self.fs.make_writable() }
+    }
+
     fn ioctl(&self, req: &Request<'_>, out: &mut ReplyBuf<'_>) -> Result<Answer> {
         let args: abi::IoctlIn = req.args()?;
         if args.flags & abi::IOCTL_UNRESTRICTED != 0 {
@@ -628,6 +652,15 @@ impl Dispatcher {
         let in_size = usize::try_from(args.in_size).map_err(|_| Errno::EINVAL)?;
         let input = req.payload.get(..in_size).ok_or(Errno::EINVAL)?;
         let out_size = usize::try_from(args.out_size).map_err(|_| Errno::EINVAL)?;
+        if args.cmd == IOC_REFUSAL {
+            let mut text = self.fs.refusal().into_bytes();
+            // The last byte ends it.
+            text.truncate(out_size.saturating_sub(1));
+            text.resize(out_size, 0);
+            out.put(&abi::IoctlOut::default())?;
+            out.put_bytes(&text)?;
+            return Ok(Answer::Buffer);
+        }
         let caller = Caller::new(req.header.pid);
         let ioctl = Ioctl { cmd: args.cmd, input, out_size, arg: args.arg, caller: &caller };
         let moves_data = matches!(args.cmd, IOC_COLLAPSE_RANGE | IOC_INSERT_RANGE);

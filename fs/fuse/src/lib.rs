@@ -4,7 +4,7 @@
 //! fusermount3 for everybody else. Transports ([`devfuse`], [`uring`]) hand requests to the one
 //! [`Dispatcher`], which knows only the `uext_vfs` traits.
 //!
-//! Locks, outermost first: the dispatcher's unmount result, the session's list of
+//! Locks, outermost first: the gate of a mount that may be reopened, the dispatcher's unmount result, the session's list of
 //! workers, the rings' lists of finished entries and the pool's queue. The first is
 //! held while the filesystem unmounts, none of them for any other call of it.
 
@@ -22,6 +22,7 @@ pub mod notify;
 pub mod null;
 mod place;
 pub mod reply;
+mod served;
 pub mod session;
 mod spin;
 mod splice;
@@ -31,6 +32,7 @@ mod uring;
 pub use dispatch::{Dispatcher, Request};
 pub use notify::Notifier;
 pub use reply::{Answer, ReplyBuf};
+pub use served::Reopen;
 pub use session::{Config, CpuLatency, Pending, Session, SessionError, Source, Stopper, Transport};
 pub use sys::{MountAttr, mount_again, serve_under_pressure};
 

@@ -36,6 +36,7 @@ use crate::devfuse;
 use crate::dispatch::{AfterUnmount, Dispatcher};
 use crate::notify::Notifier;
 use crate::place::Place;
+use crate::served::Reopen;
 use crate::spin::Spin;
 use crate::sys::{self, FsContext, MountAttr};
 use crate::uring::{self, Rings};
@@ -184,6 +185,7 @@ pub struct Pending {
     block: bool,
     after: Option<AfterUnmount>,
     before: Option<BeforeAttach>,
+    reopen: Option<Reopen>,
 }
 
 /// Called with the mount's device number, major and minor.
@@ -239,7 +241,8 @@ impl Pending {
         context.create()?;
         // The superblock holds the loop device from here on.
         drop(token);
-        Ok(Self { device, context, config: config.clone(), block, after: None, before: None })
+        let (config, after, before, reopen) = (config.clone(), None, None, None);
+        Ok(Self { device, context, config, block, after, before, reopen })
     }
 
     /// Has `after` run once the filesystem has unmounted, well or not, and before
@@ -257,6 +260,13 @@ impl Pending {
         self
     }
 
+    /// Lets a filesystem that is mounted for reading alone be opened for writing, by a remount.
+    #[must_use]
+    pub fn reopen_by(mut self, reopen: Reopen) -> Self {
+        self.reopen = Some(reopen);
+        self
+    }
+
     /// Starts serving `fs` and attaches the mount at `dir`, an absolute path.
     ///
     /// On failure `fs` was unmounted.
@@ -264,13 +274,16 @@ impl Pending {
     /// # Errors
     /// Those of the protocol's start and of attaching.
     pub fn serve(self, fs: Arc<dyn FileSystem>, dir: &Path) -> io::Result<Session> {
-        let Self { device, context, config, block, after, before } = self;
+        let Self { device, context, config, block, after, before, reopen } = self;
         let root = fs.root();
         let mut attributes = config.attributes;
         attributes.set(MountAttr::RDONLY, config.read_only || fs.capabilities().read_only);
         let dispatcher = Arc::new(Dispatcher::new(fs, &config));
         if let Some(after) = after {
             dispatcher.after_unmount(after);
+        }
+        if let Some(reopen) = reopen {
+            dispatcher.reopen_by(reopen);
         }
         let device = Arc::new(device);
         let notifier = Notifier::new(Arc::downgrade(&device), root);

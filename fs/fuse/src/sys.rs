@@ -313,6 +313,19 @@ pub(crate) fn syncfs(file: &File) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// An ioctl(2) that gives text, filled up with NUL.
+pub(crate) fn receive_text(file: &File, command: u32) -> io::Result<String> {
+    let mut text = [0u8; 256];
+    assert!(command >> 16 & 0x3fff == 256, "the command's number has the size");
+    // SAFETY: the command's number says that it writes 256 bytes, which live here.
+    let result =
+        unsafe { libc::ioctl(file.as_raw_fd(), libc::Ioctl::from(command), text.as_mut_ptr()) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(String::from_utf8_lossy(&text).trim_end_matches('\0').to_owned())
+}
+
 /// An ioctl(2) that takes a number.
 pub(crate) fn send_word(file: &File, command: u32, word: u32) -> io::Result<()> {
     // SAFETY: the command's number says that it reads four bytes, which live here.

@@ -298,6 +298,9 @@ bitflags! {
 /// The ioctl of a remount, with [`RemountFlags`]: `_IOW('U', 1, u32)`.
 pub const IOC_REMOUNT: u32 = 0x4004_5501;
 
+/// Why the last remount was refused, in words, filled up with NUL: `_IOR('U', 5, [u8; 256])`.
+pub const IOC_REFUSAL: u32 = 0x8100_5505;
+
 /// FS_IOC_FIEMAP, which FUSE does not carry, with the same argument: `_IOWR('U', 2, fiemap)`.
 pub const IOC_FIEMAP: u32 = 0xC020_5502;
 /// fallocate(2) with `FALLOC_FL_COLLAPSE_RANGE`, which FUSE does not carry; the argument is
@@ -590,6 +593,15 @@ pub trait FileSystem: Send + Sync {
     /// Calls `f` once, when an error makes the filesystem read-only while it is mounted. `f`
     /// is called under locks: it waits for nothing of this filesystem.
     fn on_read_only(&self, _f: Box<dyn Fn() + Send + Sync>) {}
+
+    /// What front ends owe it forgets for: inodes, and how many lookups of each.
+    fn known(&self) -> Vec<(Ino, u64)> {
+        Vec::new()
+    }
+
+    /// Takes the place of a filesystem that has served the same inodes until now and was
+    /// [known](Self::known) like this.
+    fn take_over(&self, _known: &[(Ino, u64)]) {}
 
     /// Unmounts: when it returns `Ok`, the image is clean and complete. Called once, last.
     fn unmount(&self) -> Result<()>;
