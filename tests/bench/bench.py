@@ -90,7 +90,6 @@ class Mount:
 
 
 def drop_caches():
-    os.sync()
     with open("/proc/sys/vm/drop_caches", "w") as file:
         file.write("3")
 
@@ -146,7 +145,9 @@ def run_round(number, names, filesystems, work, values, context, workloads, resu
             turn = number % max(1, len(mounts))
             for mount in mounts[turn:] + mounts[:turn]:
                 # What one has left to be written is not written while the next is timed.
-                drop_caches() if workload.cold else os.sync()
+                os.sync()
+                if workload.cold:
+                    drop_caches()
                 try:
                     results.add(mount.name, workload.name, number,
                                 workload.run(mount.directory, context))

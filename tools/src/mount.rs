@@ -207,7 +207,8 @@ impl Front {
         // Who sees the mount finds the word of it too, not that of a dead one with its number.
         let (to_us, word) = std::sync::mpsc::channel();
         let place = (source.to_owned(), dir.to_owned(), request.given.clone());
-        let pending = if request.ext4.read_only {
+        // Also where the image asks for it: then the attempt says why.
+        let pending = if fs.capabilities().read_only {
             pending.reopen_by(reopener(source, dir, request, opener))
         } else {
             pending

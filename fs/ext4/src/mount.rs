@@ -320,6 +320,7 @@ impl Ext4 {
             return Ok(());
         }
         if self.is_read_only() && self.journal.aborted().is_none() && !self.had_error() {
+            // Mounted again for writing, this one stays for as long as the other.
             self.cache.drop_clean();
             return Ok(());
         }

@@ -77,10 +77,11 @@ mod tests {
 
     use super::*;
     use crate::abi::{self, Opcode};
-    use crate::dispatch::{Dispatcher, Request};
+    use crate::dispatch::Dispatcher;
     use crate::notify::Notifier;
     use crate::null::NullFs;
     use crate::reply::{Answer, ReplyBuf};
+    use crate::request::Request;
     use crate::session::Config;
 
     #[test]

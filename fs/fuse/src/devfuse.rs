@@ -20,8 +20,9 @@ use zerocopy::IntoBytes;
 
 use crate::PAGE_SIZE;
 use crate::abi::{self, InHeader, Opcode, OutHeader};
-use crate::dispatch::{Dispatcher, Request};
+use crate::dispatch::Dispatcher;
 use crate::reply::{Answer, ReplyBuf};
+use crate::request::Request;
 use crate::session::Control;
 use crate::spin::{Luck, Spin};
 use crate::splice::{self, ReplyPipe};

@@ -2,7 +2,7 @@
 //! transports stand.
 //!
 //! A transport hands in a [`Request`] (header, arguments, payload) and a
-//! [`ReplyBuf`], and sends the [`Answer`]. Lengths are checked here, once: a
+//! [`ReplyBuf`], and sends the [`Answer`]. A
 //! request too short for its structure, or with names that do not end, is
 //! `EINVAL`. Locks: that of the unmount's result, held while the filesystem
 //! unmounts so that a second caller waits for the first, and that of [`Foresight`], a leaf.
@@ -15,64 +15,25 @@ use uext_sync::Mutex;
 use uext_vfs::{
     Capabilities, Context, Entry, Errno, FileHandle, FileKind, FileSystem, IOC_COLLAPSE_RANGE,
     IOC_INSERT_RANGE, IOC_REFUSAL, IOC_REMOUNT, Ino, Ioctl, OpenReply, ReadReply, RemountFlags,
-    RenameFlags, Result, SetAttr, SetTime, Timestamp, WriteFlags, XattrFlags,
+    RenameFlags, Result, XattrFlags,
 };
-use zerocopy::{FromBytes, Immutable, KnownLayout};
+use zerocopy::FromBytes;
 
-use crate::abi::{self, Fattr, Fopen, InHeader, InitFlags, Opcode, WriteInFlags};
+use crate::abi::{self, Fopen, InitFlags, Opcode};
 use crate::attr_readers::AttrReaders;
 use crate::caller::Caller;
 use crate::foresight::Foresight;
 use crate::notify::Notifier;
 use crate::reply::{self, Answer, Inodes, Listing, ReplyBuf, Timeouts};
+use crate::request::{
+    NAME_MAX, Request, check_xattr_name, cstr, file_name, one_name, set_attr, write_flags,
+    xattr_name,
+};
 use crate::served::{Reopen, Served};
 use crate::session::Config;
 
-/// Longest name of a file.
-const NAME_MAX: usize = 255;
 /// Longest target of a symbolic link, without its NUL.
 const SYMLINK_MAX: usize = 4095;
-/// Longest name of an extended attribute.
-const XATTR_NAME_MAX: usize = 255;
-
-/// A request, cut at its boundaries.
-pub struct Request<'a> {
-    /// What is asked, of which node, by whom.
-    pub header: InHeader,
-    /// The structure that the opcode fixes.
-    pub args: &'a [u8],
-    /// Names or data.
-    pub payload: &'a [u8],
-}
-
-impl<'a> Request<'a> {
-    /// Cuts a message as `/dev/fuse` gives it. `Err` has the header where there was
-    /// one, so that an answer is possible.
-    ///
-    /// # Errors
-    /// A message shorter than it says, or than its opcode needs.
-    pub fn parse(message: &'a [u8]) -> std::result::Result<Self, Option<InHeader>> {
-        let (header, rest) = InHeader::read_from_prefix(message).map_err(|_| None)?;
-        let extensions = usize::from(header.total_extlen) * 8;
-        let body = rest
-            .len()
-            .checked_sub(extensions)
-            .filter(|_| usize::try_from(header.len) == Ok(message.len()))
-            .ok_or(Some(header))?;
-        let args_len = Opcode::from_wire(header.opcode).map_or(0, Opcode::args_len);
-        let (args, payload) = rest[..body].split_at_checked(args_len).ok_or(Some(header))?;
-        Ok(Self { header, args, payload })
-    }
-
-    fn args<T: FromBytes + KnownLayout + Immutable>(&self) -> Result<T> {
-        T::read_from_prefix(self.args).map(|(args, _)| args).map_err(|_| Errno::EINVAL)
-    }
-
-    fn context(&self) -> Context {
-        Context { uid: self.header.uid, gid: self.header.gid, pid: self.header.pid, umask: 0 }
-    }
-}
-
 /// Serves requests of one mount.
 pub struct Dispatcher {
     fs: Served,
@@ -736,88 +697,10 @@ impl Dispatcher {
     }
 }
 
-/// A NUL-terminated string and what follows it.
-fn cstr(bytes: &[u8]) -> Result<(&[u8], &[u8])> {
-    let end = bytes.iter().position(|byte| *byte == 0).ok_or(Errno::EINVAL)?;
-    Ok((&bytes[..end], &bytes[end + 1..]))
-}
-
-/// A name that can be given to a file.
-pub(crate) fn file_name(name: &[u8]) -> Result<&[u8]> {
-    match name {
-        b"" | b"." | b".." => Err(Errno::EINVAL),
-        _ if name.len() > NAME_MAX => Err(Errno::ENAMETOOLONG),
-        _ if name.contains(&b'/') => Err(Errno::EINVAL),
-        _ => Ok(name),
-    }
-}
-
-fn one_name(payload: &[u8]) -> Result<&[u8]> {
-    file_name(cstr(payload)?.0)
-}
-
-fn check_xattr_name(name: &[u8]) -> Result<&[u8]> {
-    if name.is_empty() || name.len() > XATTR_NAME_MAX {
-        return Err(Errno::ERANGE);
-    }
-    Ok(name)
-}
-
-fn xattr_name(payload: &[u8]) -> Result<&[u8]> {
-    check_xattr_name(cstr(payload)?.0)
-}
-
 fn open_out(open: &OpenReply) -> abi::OpenOut {
     let mut flags = Fopen::empty();
     flags.set(Fopen::KEEP_CACHE, open.keep_cache);
     flags.set(Fopen::DIRECT_IO, open.direct_io);
     flags.set(Fopen::CACHE_DIR, open.cache_dir);
     abi::OpenOut { fh: open.fh.0, open_flags: flags.bits(), backing_id: 0 }
-}
-
-/// How a write came. `O_APPEND` is left out: the kernel, the only one to write the
-/// file, has resolved the offset under its lock.
-pub(crate) fn write_flags(write_flags: u32, open_flags: i32) -> WriteFlags {
-    let from = WriteInFlags::from_bits_truncate(write_flags);
-    let mut flags = WriteFlags::empty();
-    flags.set(WriteFlags::CACHE, from.contains(WriteInFlags::CACHE));
-    flags.set(WriteFlags::KILL_SUIDGID, from.contains(WriteInFlags::KILL_SUIDGID));
-    if !from.contains(WriteInFlags::CACHE) {
-        // A write from the kernel's cache carries the flags of whichever file was at hand.
-        flags.set(WriteFlags::SYNC, open_flags & libc::O_SYNC == libc::O_SYNC);
-        flags.set(WriteFlags::DSYNC, open_flags & libc::O_DSYNC != 0);
-        flags.set(WriteFlags::DIRECT, open_flags & libc::O_DIRECT != 0);
-    }
-    flags
-}
-
-fn set_attr(args: &abi::SetattrIn) -> Result<SetAttr> {
-    let valid = Fattr::from_bits_retain(args.valid);
-    let when = |has: Fattr, sec: u64, nsec: u32| -> Result<Option<Timestamp>> {
-        if !valid.contains(has) {
-            return Ok(None);
-        }
-        if nsec >= 1_000_000_000 {
-            return Err(Errno::EINVAL);
-        }
-        Ok(Some(Timestamp { sec: sec.cast_signed(), nsec }))
-    };
-    let time = |has: Fattr, now: Fattr, sec: u64, nsec: u32| -> Result<Option<SetTime>> {
-        match when(has, sec, nsec)? {
-            Some(_) if valid.contains(now) => Ok(Some(SetTime::Now)),
-            given => Ok(given.map(SetTime::At)),
-        }
-    };
-    let number = |has: Fattr, value: u32| valid.contains(has).then_some(value);
-    Ok(SetAttr {
-        mode: number(Fattr::MODE, args.mode),
-        uid: number(Fattr::UID, args.uid),
-        gid: number(Fattr::GID, args.gid),
-        size: valid.contains(Fattr::SIZE).then_some(args.size),
-        atime: time(Fattr::ATIME, Fattr::ATIME_NOW, args.atime, args.atimensec)?,
-        mtime: time(Fattr::MTIME, Fattr::MTIME_NOW, args.mtime, args.mtimensec)?,
-        ctime: when(Fattr::CTIME, args.ctime, args.ctimensec)?,
-        kill_suidgid: valid.contains(Fattr::KILL_SUIDGID),
-        fh: valid.contains(Fattr::FH).then_some(FileHandle(args.fh)),
-    })
 }

@@ -63,8 +63,12 @@ impl Served {
             Errno::EROFS
         })?;
         second.take_over(&self.first.known());
-        self.first.unmount()?;
+        if let Err(errno) = self.first.unmount() {
+            log::warn!("leaving the read-only filesystem: {errno}");
+        }
         let _ = self.second.set(second);
+        // What makes it read-only from now on is another reason.
+        self.refusal.lock().clear();
         Ok(())
     }
 

@@ -22,8 +22,8 @@ use uext_vfs::{
 
 use super::Shared;
 use super::convert::{attr, code, context, file_type, open_flags, set_time, timestamp};
-use crate::dispatch::{file_name, write_flags};
 use crate::reply::swap_root;
+use crate::request::{file_name, write_flags};
 
 /// Names listed at a time: about what a reply holds.
 const LIST_BATCH: usize = 256;

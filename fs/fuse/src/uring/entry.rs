@@ -10,8 +10,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::PAGE_SIZE;
 use crate::abi::{InHeader, Opcode, OutHeader};
-use crate::dispatch::{Dispatcher, Request};
+use crate::dispatch::Dispatcher;
 use crate::reply::{Answer, ReplyBuf};
+use crate::request::Request;
 
 /// Bytes for the headers and for an opcode's structure.
 const HEADER_SIZE: usize = 128;

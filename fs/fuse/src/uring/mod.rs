@@ -5,7 +5,7 @@
 //! A thread submits its replies and waits for requests with one system call.
 //!
 //! - FORGET, INTERRUPT and notifications stay on `/dev/fuse`, where one thread reads
-//!   them ([`crate::devfuse::serve_lazily`]), FORGETs some time after they have come.
+//!   them ([`crate::devfuse::Served::lazily`]), FORGETs some time after they have come.
 //! - What may wait goes to a [`pool`], since the ring's thread is the only one that can
 //!   take the requests of its CPU.
 //! - The kernel sends requests this way once every possible CPU's queue has an entry.
@@ -39,7 +39,8 @@ use zerocopy::FromBytes;
 
 use crate::PAGE_SIZE;
 use crate::abi::{Fattr, Opcode, SetattrIn, WriteIn};
-use crate::dispatch::{Dispatcher, write_flags};
+use crate::dispatch::Dispatcher;
+use crate::request::write_flags;
 use crate::session::{AbortOnPanic, Config, Control};
 use crate::sys;
 use entry::Entry;
