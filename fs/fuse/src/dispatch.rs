@@ -23,20 +23,20 @@ use crate::abi::{self, Fopen, InitFlags, Opcode};
 use crate::attr_readers::AttrReaders;
 use crate::caller::Caller;
 use crate::foresight::Foresight;
+use crate::mounted_fs::{MountedFs, Reopen};
 use crate::notify::Notifier;
 use crate::reply::{self, Answer, Inodes, Listing, ReplyBuf, Timeouts};
 use crate::request::{
     NAME_MAX, Request, check_xattr_name, cstr, file_name, one_name, set_attr, write_flags,
     xattr_name,
 };
-use crate::served::{Reopen, Served};
 use crate::session::Config;
 
 /// Longest target of a symbolic link, without its NUL.
 const SYMLINK_MAX: usize = 4095;
 /// Serves requests of one mount.
 pub struct Dispatcher {
-    fs: Served,
+    fs: MountedFs,
     root: Ino,
     capabilities: Capabilities,
     timeouts: Timeouts,
@@ -76,7 +76,7 @@ impl Dispatcher {
         Self {
             root: fs.root(),
             capabilities: fs.capabilities(),
-            fs: Served::new(fs),
+            fs: MountedFs::new(fs),
             timeouts,
             config: config.clone(),
             offer_uring: AtomicBool::new(false),

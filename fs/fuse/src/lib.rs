@@ -18,12 +18,12 @@ pub mod dispatch;
 mod foresight;
 pub mod fuser_front;
 pub mod mount_table;
+mod mounted_fs;
 pub mod notify;
 pub mod null;
 mod place;
 pub mod reply;
 mod request;
-mod served;
 pub mod session;
 mod spin;
 mod splice;
@@ -31,10 +31,10 @@ mod sys;
 mod uring;
 
 pub use dispatch::Dispatcher;
+pub use mounted_fs::Reopen;
 pub use notify::Notifier;
 pub use reply::{Answer, ReplyBuf};
 pub use request::Request;
-pub use served::Reopen;
 pub use session::{Config, CpuLatency, Pending, Session, SessionError, Source, Stopper, Transport};
 pub use sys::{MountAttr, mount_again, serve_under_pressure};
 

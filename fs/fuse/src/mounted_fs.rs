@@ -16,7 +16,7 @@ use uext_vfs::{Errno, FileSystem, Result};
 /// Opens the filesystem for writing, or says in one line why not.
 pub type Reopen = Box<dyn Fn() -> std::result::Result<Arc<dyn FileSystem>, String> + Send + Sync>;
 
-pub(crate) struct Served {
+pub(crate) struct MountedFs {
     first: Arc<dyn FileSystem>,
     /// What is served from when it is there.
     second: OnceLock<Arc<dyn FileSystem>>,
@@ -26,7 +26,7 @@ pub(crate) struct Served {
     refusal: Mutex<String>,
 }
 
-impl Served {
+impl MountedFs {
     pub fn new(first: Arc<dyn FileSystem>) -> Self {
         Self {
             first,
@@ -78,7 +78,7 @@ impl Served {
     }
 }
 
-impl Deref for Served {
+impl Deref for MountedFs {
     type Target = dyn FileSystem;
 
     fn deref(&self) -> &Self::Target {
