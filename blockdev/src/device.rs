@@ -47,6 +47,18 @@ pub trait BlockDevice: Send + Sync {
         bio.status().map(|()| bio)
     }
 
+    /// Writes whole blocks from the caller's own memory and waits. The memory is copied where
+    /// a device can only write what it may keep; one that writes in the calling thread takes
+    /// it as it lies.
+    ///
+    /// # Errors
+    /// How the write failed; then any part of the data may have been written.
+    fn write_slice_wait(&self, sector: Sector, data: &[u8]) -> BlkResult<()> {
+        let mut bio = Bio::new(BioOp::Write, BioFlags::empty(), sector);
+        bio.add_vec(BioVec::whole(Arc::new(AlignedBuf::from_slice(data))));
+        self.submit_bio_wait(bio).map(drop)
+    }
+
     /// [`BlockDevice::submit_bios`] that leaves the caller its empty array.
     fn submit_drain(&self, bios: &mut Vec<Bio>) {
         self.submit_bios(std::mem::take(bios));

@@ -79,12 +79,7 @@ impl QueueLimits {
             BioOp::Write | BioOp::WriteZeroes | BioOp::Discard => {}
         }
         let block = u64::from(self.logical_block_size);
-        let end = bio.sector().0.checked_add(bio.len().div_ceil(SECTOR_SIZE));
-        let inside = end.is_some_and(|end| end <= self.capacity.0);
-        if !inside
-            || !bio.len().is_multiple_of(block)
-            || !bio.sector().byte_offset().is_multiple_of(block)
-        {
+        if !self.is_inside(bio.sector(), bio.len()) {
             return Err(BlkStatus::Invalid);
         }
         let dma = self.dma_alignment as usize;
@@ -92,5 +87,27 @@ impl QueueLimits {
             u64::from(vec.len).is_multiple_of(block) && vec.as_ptr().addr().is_multiple_of(dma)
         };
         if bio.vecs().iter().all(aligned) { Ok(()) } else { Err(BlkStatus::Invalid) }
+    }
+
+    /// Whether the device can write a slice as it lies.
+    ///
+    /// # Errors
+    /// `ReadOnly`, and `Invalid` as [`QueueLimits::check`] has it.
+    pub fn check_write(&self, sector: Sector, data: &[u8]) -> BlkResult<()> {
+        if self.read_only {
+            return Err(BlkStatus::ReadOnly);
+        }
+        let aligned = data.as_ptr().addr().is_multiple_of(self.dma_alignment as usize);
+        let inside = self.is_inside(sector, data.len() as u64);
+        if aligned && inside { Ok(()) } else { Err(BlkStatus::Invalid) }
+    }
+
+    /// Whether these are whole blocks of the device.
+    fn is_inside(&self, sector: Sector, len: u64) -> bool {
+        let block = u64::from(self.logical_block_size);
+        let end = sector.0.checked_add(len.div_ceil(SECTOR_SIZE));
+        end.is_some_and(|end| end <= self.capacity.0)
+            && len.is_multiple_of(block)
+            && sector.byte_offset().is_multiple_of(block)
     }
 }

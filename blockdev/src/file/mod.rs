@@ -31,6 +31,7 @@ use crate::bio::Bio;
 use crate::device::BlockDevice;
 use crate::limits::QueueLimits;
 use crate::status::BlkResult;
+use crate::units::Sector;
 use crate::waiter::Waiter;
 use uext_sync::Mutex;
 
@@ -183,6 +184,11 @@ impl BlockDevice for FileDevice {
         drop(bio.take_end_io());
         self.run_in_place(&mut bio);
         bio.status().map(|()| bio)
+    }
+
+    fn write_slice_wait(&self, sector: Sector, data: &[u8]) -> BlkResult<()> {
+        self.target.limits.check_write(sector, data)?;
+        self.target.write_slice(sector.byte_offset(), data)
     }
 
     fn submit_drain(&self, bios: &mut Vec<Bio>) {

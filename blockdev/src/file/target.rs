@@ -139,6 +139,14 @@ impl Target {
         self.flush_lost.load(Ordering::Relaxed)
     }
 
+    /// Writes a slice that [`QueueLimits::check_write`] let pass, in the calling thread.
+    pub(super) fn write_slice(&self, offset: u64, data: &[u8]) -> BlkResult<()> {
+        // The kernel only reads a write's memory.
+        let base = data.as_ptr().cast_mut().cast();
+        let mut iovec = [libc::iovec { iov_base: base, iov_len: data.len() }];
+        self.transfer(BioOp::Write, &mut iovec, offset, 0)
+    }
+
     /// Reads or writes all of the bio's memory, resuming what comes short.
     fn read_write(&self, bio: &Bio, rwf: i32) -> BlkResult<()> {
         IOVECS.with_borrow_mut(|iovecs| {
@@ -175,7 +183,8 @@ impl Target {
                     // that the I/O rule gives to this read alone.
                     unsafe { libc::preadv2(self.fd(), ptr, count, at, rwf) }
                 } else {
-                    // SAFETY: as above, and nobody changes the memory of a write.
+                    // SAFETY: as above, or of a slice that is borrowed until this returns; nobody
+                    // changes the memory of a write.
                     unsafe { libc::pwritev2(self.fd(), ptr, count, at, rwf) }
                 }
             })?;

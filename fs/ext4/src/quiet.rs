@@ -23,7 +23,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
-use uext_blockdev::{Bio, BioFlags, BioOp, BlkResult, BlockDevice, QueueLimits};
+use uext_blockdev::{Bio, BioFlags, BioOp, BlkResult, BlockDevice, QueueLimits, Sector};
 use uext_ondisk::superblock::{SUPERBLOCK_OFFSET, State, Superblock};
 use uext_sync::Mutex;
 use uext_vfs::Timestamp;
@@ -120,6 +120,11 @@ impl BlockDevice for QuietDevice {
             self.before_write()?;
         }
         self.below.submit_bio_wait(bio)
+    }
+
+    fn write_slice_wait(&self, sector: Sector, data: &[u8]) -> BlkResult<()> {
+        self.before_write()?;
+        self.below.write_slice_wait(sector, data)
     }
 
     fn submit_batch_wait(&self, bios: &mut Vec<Bio>) {
