@@ -69,6 +69,7 @@ crash_tests! {
     deep_extents: Small;
     made_during_commits: Ext4;
     written_in_place: Small;
+    large_writes: Ext4;
     blocks_like_the_journals: Small;
 }
 

@@ -30,6 +30,7 @@ const ALL: &[(&str, Work)] = &[
     ("delete_and_reuse_small", delete_and_reuse_small),
     ("log_that_wraps", log_that_wraps),
     ("long_extents", long_extents),
+    ("large_writes", large_writes),
 ];
 
 /// Files that are made, written and synced one by one.
@@ -379,4 +380,37 @@ pub fn long_extents(fs: &mut Recorder) {
     fs.fsync("large");
     fs.unlink("pieces");
     fs.sync();
+}
+
+/// Writes of many pages, which go past the cache, between small ones, which do not: behind the
+/// end, over it, over what is there, over holes and cached pages, and into freed blocks.
+pub fn large_writes(fs: &mut Recorder) {
+    fs.create("log");
+    for i in 0..3 {
+        fs.create(&format!("big-{i}"));
+        fs.write(&format!("big-{i}"), 0, 262_144);
+        if i == 1 {
+            fs.fsync("big-1");
+        }
+        fs.append("log", 300);
+        fs.fsync("log");
+    }
+    fs.append("big-0", 5000);
+    fs.write("big-0", 274_432, 266_240);
+    fs.fdatasync("big-0");
+    fs.write("big-0", 4096, 262_144);
+    fs.write("big-1", 524_288, 270_000);
+    fs.append("log", 200);
+    fs.sync();
+    fs.write("big-1", 262_144, 262_144);
+    fs.truncate("big-1", 300_000);
+    fs.fsync("log");
+    fs.unlink("big-2");
+    fs.sync();
+    fs.create("again");
+    fs.append("again", 3000);
+    fs.write("again", 4096, 262_144);
+    fs.fsync("log");
+    fs.write("again", 0, 266_240);
+    fs.fsync("again");
 }

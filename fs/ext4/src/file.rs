@@ -29,7 +29,7 @@ use crate::map_blocks::Mapping;
 /// Bytes of a page.
 pub(crate) const PAGE: u64 = PAGE_SIZE as u64;
 /// Bytes for which space is reserved at once.
-const WRITE_CHUNK: usize = 1 << 20;
+pub(crate) const WRITE_CHUNK: usize = 1 << 20;
 /// Pages that are read, and lent to a reply, in one go.
 const READ_PAGES: u64 = 512;
 /// Most bytes of one read.
@@ -400,6 +400,15 @@ impl Ext4 {
         let mut settled = false;
         while done < data.len() {
             let at = offset + done as u64;
+            match self.write_past_cache(inode, at, &data[done..], privileged) {
+                Ok(None) => {}
+                Ok(Some(written)) => {
+                    done += written;
+                    continue;
+                }
+                Err(_) if done > 0 => break,
+                Err(error) => return Err(error),
+            }
             // Up to the end of a page, so that every chunk but the last ends with one.
             let in_page = (at % PAGE) as usize;
             let len = (data.len() - done).min(chunk_len.max(PAGE_SIZE) - in_page);

@@ -87,6 +87,8 @@ pub struct Ext4 {
     pub(crate) on_read_only: Mutex<Option<Box<dyn Fn() + Send + Sync>>>,
     /// Files that were truncated to nothing and are being written again (`auto_da_alloc`).
     pub(crate) replaced: Mutex<Vec<Weak<Inode>>>,
+    /// Whether large writes go to the disk at once.
+    pub(crate) pace: crate::past_cache::Pace,
 }
 
 impl Ext4 {

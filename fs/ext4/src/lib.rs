@@ -72,6 +72,7 @@ mod mount;
 mod namei;
 mod orphan;
 mod orphan_file;
+mod past_cache;
 mod quiet;
 mod readdir;
 mod rename;

@@ -185,6 +185,7 @@ impl Ext4 {
             stopped: AtomicBool::new(false),
             on_read_only: Mutex::new(None),
             replaced: Mutex::default(),
+            pace: crate::past_cache::Pace::default(),
         });
         let weak = Arc::downgrade(&fs);
         fs.journal.on_commit(Box::new(move |tid| {

@@ -46,8 +46,8 @@ pub(crate) const SEGMENTS_PER_HANDLE: usize = 4;
 
 /// Dirty blocks that lie together in the file.
 pub(crate) struct Run {
-    logical: u32,
-    len: u32,
+    pub logical: u32,
+    pub len: u32,
 }
 
 /// Where a segment goes.
@@ -260,7 +260,12 @@ impl Ext4 {
     }
 
     /// Finds or claims a place for every block of a run.
-    fn plan_run(&self, inode: &Inode, run: &Run, segments: &mut Vec<Segment>) -> Result<()> {
+    pub(crate) fn plan_run(
+        &self,
+        inode: &Inode,
+        run: &Run,
+        segments: &mut Vec<Segment>,
+    ) -> Result<()> {
         let (mut at, end) = (run.logical, run.logical + run.len);
         while at < end {
             let mapping = self.map_lookup(inode, LogicalBlock(at), end - at)?;
