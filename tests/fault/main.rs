@@ -102,4 +102,5 @@ process_tests! {
     dirty_unmount_ext4: dirty_unmount(ON_EXT4, "");
     dirty_unmount_ext3_writeback_cache: dirty_unmount(ON_EXT3, "writeback_cache");
     eio_at_unmount_ext4: eio_at_unmount(ON_EXT4);
+    eio_of_large_writes_ext4: eio_of_large_writes(ON_EXT4);
 }

@@ -522,8 +522,12 @@ pub fn eio_at_unmount(kind: Kind) {
     fs::write(dir.join("before"), vec![1; 100_000]).expect("write a file");
     File::open(dir.join("before")).and_then(|file| file.sync_all()).expect("fsync");
     disk.fill();
-    // Into the cache, unless something has met the full disk before.
-    if let Err(error) = fs::write(dir.join("lost"), vec![2; 3_000_000]) {
+    // Into the cache, small as they are, unless something has met the full disk before.
+    let lost = File::create(dir.join("lost"));
+    let written = lost.and_then(|mut file| {
+        vec![2; 3_000_000].chunks(50_000).try_for_each(|small| file.write_all(small))
+    });
+    if let Err(error) = written {
         assert_eq!(error.raw_os_error(), Some(libc::EROFS), "{error}");
     }
     let unmounted = try_unmount(Command::new(uext()).arg("umount").arg(&dir));
@@ -538,6 +542,36 @@ pub fn eio_at_unmount(kind: Kind) {
     let daemon = Daemon::start(Path::new(&disk.device), &dir, &log, "");
     let found = fs::read(dir.join("before")).expect("read a file");
     assert!(found == vec![1; 100_000], "an fsynced file is damaged");
+    unmount(Command::new(uext()).arg("umount").arg(&dir));
+    assert!(daemon.wait().success());
+}
+
+/// Large writes go to the disk at once, and whoever writes does not wait for it. When it fails
+/// them, the next fsync says so, the file still has what was written, and once the disk is well
+/// another fsync brings it there.
+pub fn eio_of_large_writes(kind: Kind) {
+    let scratch = Scratch::new();
+    let disk = FullDisk::new(&scratch, kind);
+    let (dir, log) = (scratch.mount_point("mnt"), scratch.path().join("log"));
+    // What fails and is tried again is data; the journal's own blocks are written before.
+    let daemon = Daemon::start(Path::new(&disk.device), &dir, &log, "commit=600");
+    let file = File::create(dir.join("large")).expect("make a file");
+    let data = Rng(7).bytes(3 << 20);
+    file.sync_all().expect("fsync");
+    disk.fill();
+    file.write_all_at(&data, 0).expect("write");
+    let told = file.sync_data().expect_err("an fsync of what the disk refused");
+    // Which of the two a loop device says is up to its kernel.
+    assert!(matches!(told.raw_os_error(), Some(libc::EIO | libc::ENOSPC)), "{told}");
+    assert_eq!(file.metadata().expect("stat").len(), data.len() as u64);
+    fs::remove_file(disk.store.join("ballast")).expect("make room");
+    file.sync_all().expect("fsync of a disk that is well");
+    drop(file);
+    unmount(Command::new(uext()).arg("umount").arg(&dir));
+    assert!(daemon.wait().success());
+    run(Command::new("e2fsck").arg("-fn").arg(&disk.device));
+    let daemon = Daemon::start(Path::new(&disk.device), &dir, &log, "ro");
+    assert!(fs::read(dir.join("large")).expect("read a file") == data, "the file differs");
     unmount(Command::new(uext()).arg("umount").arg(&dir));
     assert!(daemon.wait().success());
 }

@@ -38,6 +38,8 @@ pub(crate) struct FileData {
     /// It is known to have no `security.capability`, so that writes need not look.
     /// WHY-RELAXED: read and changed under `Inode::rwsem` exclusive.
     pub no_capability: AtomicBool,
+    /// [itself] Held while a large write goes to the disk: see `past_cache`.
+    pub large_write: Mutex<()>,
     /// The write errors that fsync has reported.
     pub reported: Mutex<ErrSeqMark>,
 }

@@ -18,7 +18,7 @@ use uext_blockdev::{Bio, BioFlags, BioOp, BioVec, Sector, mutant};
 use uext_ondisk::LogicalBlock;
 use uext_ondisk::inode::InodeFlags;
 use uext_pagecache::{Folio, FolioWriteGuard, PAGE_SIZE};
-use uext_vfs::{Context, Errno, FileKind, ReadReply, ReadSegment, WriteFlags};
+use uext_vfs::{Context, Errno, FileKind, ReadReply, ReadSegment, Write, WriteFlags};
 
 use crate::delayed::Fresh;
 use crate::error::{Error, Result};
@@ -314,8 +314,9 @@ impl Ext4 {
         }
     }
 
-    /// Writes `data` at `offset`, or at the end with `APPEND`, into the page cache. Gives how much
-    /// was written: less than all only when space or the largest size ended it.
+    /// Writes at the offset, or at the end with `APPEND`, into the page cache, or past it. Gives
+    /// how much was written: less than all only when space or the largest size ended it. Calls
+    /// `accept` with that as soon as nothing can come in between, when that is long before.
     ///
     /// # Errors
     /// `ENOSPC`, `EFBIG`, `EROFS`, `EPERM`, or how reading a page failed, when nothing was written;
@@ -324,10 +325,10 @@ impl Ext4 {
         &self,
         ctx: &Context,
         inode: &Arc<Inode>,
-        offset: u64,
-        data: &[u8],
-        flags: WriteFlags,
+        write: &Write<'_>,
+        mut accept: Option<&mut dyn FnMut(usize)>,
     ) -> Result<usize> {
+        let &Write { offset, data, flags, .. } = write;
         self.check_writable()?;
         match inode.kind {
             FileKind::Regular => {}
@@ -344,6 +345,12 @@ impl Ext4 {
         }
         if data.is_empty() {
             return Ok(0);
+        }
+        let sync = flags.contains(WriteFlags::SYNC)
+            || self.options.sync
+            || inode_flags.contains(InodeFlags::SYNC);
+        if sync || flags.intersects(WriteFlags::DSYNC | WriteFlags::DIRECT) {
+            accept = None;
         }
         let written = {
             let _exclusive = inode.rwsem.write();
@@ -369,8 +376,9 @@ impl Ext4 {
             if offset > size {
                 self.zero_tail(inode, size)?;
             }
-            let written =
-                self.write_pages_of(inode, offset, data, self.may_use_reserve(ctx), direct)?;
+            let privileged = self.may_use_reserve(ctx);
+            let how = (privileged, direct);
+            let written = self.write_pages_of(inode, offset, data, how, accept)?;
             if self.journals_data(inode) {
                 // From the old end on, whose tail may have been zeroed.
                 self.journal_range(inode, offset.min(size)..offset + written as u64)?;
@@ -378,9 +386,6 @@ impl Ext4 {
             written
         };
         inode.mapping.balance_dirty();
-        let sync = flags.contains(WriteFlags::SYNC)
-            || self.options.sync
-            || inode_flags.contains(InodeFlags::SYNC);
         if sync || flags.contains(WriteFlags::DSYNC) {
             self.sync_inode(inode, !sync)?;
         }
@@ -392,22 +397,21 @@ impl Ext4 {
         inode: &Arc<Inode>,
         offset: u64,
         data: &[u8],
-        privileged: bool,
-        all_or_error: bool,
+        (privileged, all_or_error): (bool, bool),
+        mut accept: Option<&mut dyn FnMut(usize)>,
     ) -> Result<usize> {
         let mut done = 0;
         let mut chunk_len = WRITE_CHUNK;
         let mut settled = false;
         while done < data.len() {
             let at = offset + done as u64;
-            match self.write_past_cache(inode, at, &data[done..], privileged) {
-                Ok(None) => {}
-                Ok(Some(written)) => {
-                    done += written;
-                    continue;
-                }
-                Err(_) if done > 0 => break,
-                Err(error) => return Err(error),
+            // A write of several pieces is told of when its last is here.
+            let accept = if done == 0 { accept.take() } else { None };
+            if let Some(written) =
+                self.write_past_cache(inode, at, &data[done..], privileged, accept)
+            {
+                done += written;
+                continue;
             }
             // Up to the end of a page, so that every chunk but the last ends with one.
             let in_page = (at % PAGE) as usize;
@@ -500,7 +504,7 @@ impl Ext4 {
     }
 
     /// Copies into one page and marks its blocks dirty.
-    fn write_page(&self, inode: &Inode, offset: u64, data: &[u8]) -> Result<()> {
+    pub(crate) fn write_page(&self, inode: &Inode, offset: u64, data: &[u8]) -> Result<()> {
         let (index, start) = (offset / PAGE, (offset % PAGE) as usize);
         let end = offset + data.len() as u64;
         let range = start..start + data.len();

@@ -14,7 +14,8 @@
 //! Lock order, outermost first:
 //! 1. `Ext4::rename` (renames across directories)
 //! 2. `Inode::rwsem` (directories before their children, else by number)
-//! 3. `Inode::writeback` (writeback against truncate)
+//! 3. `FileData::large_write` (a large write against a sync), then `Inode::writeback`
+//!    (writeback against truncate)
 //! 4. journal handle start (waiting for a commit counts as a lock)
 //! 5. `Inode::map` (block mapping)
 //! 6. `Ext4::orphans`

@@ -315,6 +315,8 @@ impl Ext4 {
 
     /// Unmounts: everything to the disk, the journal empty, the superblock clean.
     pub(crate) fn unmount_all(&self) -> Result<()> {
+        // Also where there is nothing to sync any more: nobody writes after an unmount.
+        self.inodes.all().iter().for_each(|inode| self.wait_for_large_write(inode));
         if self.is_shut_down() {
             // The image stays as the shutdown left it: the next mount replays the journal.
             let _ = self.journal.close();

@@ -7,26 +7,33 @@
 //!
 //! The steps are those of [`crate::writeback`], with the caller's memory in place of the
 //! pages, and so is their order: blocks are reserved, claimed in memory, written, and only
-//! then marked used, mapped and behind the file's size, under one handle. A write that fails
-//! is told to the caller and leaves the blocks it did not map as they were.
+//! then marked used, mapped and behind the file's size, under one handle.
+//!
+//! Whoever wrote may go on before that: once space is reserved and the locks are held, nothing
+//! comes between the write and who reads, syncs or changes the file after it, and the disk works
+//! while the next write is on its way here. So a failure has to be kept. What could not be
+//! written or mapped goes into the cache as dirty pages, with the reservation that it has: it
+//! is read from there, tried again as anything dirty is, and a sync is told when that fails too.
 //!
 //! Invariants:
 //! - None of the pages is in the cache from before the write until it is mapped: clean ones
 //!   are dropped, and with a dirty one the write goes through the cache.
 //! - The size on the disk grows only when nothing before it is dirty for want of a place.
-//! - `core.size` grows when the data is mapped, so nobody sees bytes that a failed write left out.
+//! - `FileData::large_write` is free only when the data is mapped or dirty, so that whoever has
+//!   held it after a write finds the data in one of the two places.
 //!
-//! Only a disk that takes a large write quickly gets them so. Whoever writes waits for the disk,
+//! Only a disk that takes a large write quickly gets them so. The next write waits for the disk,
 //! and where that is slow, memory and long runs serve everybody better: see [`Pace`].
 //!
 //! Locks: `Inode::rwsem` exclusive, by the caller, so that nobody makes a page meanwhile; then
-//! `Inode::writeback`, then each step's handle and `Inode::map`.
+//! `FileData::large_write`; then `Inode::writeback`, then each step's handle and `Inode::map`,
+//! or, after a failure and without `Inode::writeback`, pages.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use uext_blockdev::mutant;
-use uext_pagecache::PAGE_SIZE;
+use uext_pagecache::{PAGE_SIZE, WritebackError};
 use uext_vfs::Errno;
 
 use crate::credits;
@@ -81,50 +88,75 @@ impl Ext4 {
             && self.pace.allows()
     }
 
+    /// Waits until a large write under way is on the disk or among the dirty pages. The caller
+    /// holds no lock of the file but perhaps `Inode::rwsem`, and no handle.
+    pub(crate) fn wait_for_large_write(&self, inode: &Inode) {
+        drop(inode.data.large_write.lock());
+    }
+
     /// Writes whole pages at `offset` to the disk and maps them; gives how many bytes, or nothing
-    /// when they have to go through the cache. The caller holds `Inode::rwsem` exclusively.
-    ///
-    /// # Errors
-    /// How writing or mapping failed; part of the data may be there then.
+    /// when they have to go through the cache. `accept` is called with their number when that is
+    /// all of the data, as soon as the write cannot fail any more for who wrote. The caller holds
+    /// `Inode::rwsem` exclusively.
     pub(crate) fn write_past_cache(
         &self,
         inode: &Inode,
         offset: u64,
         data: &[u8],
         privileged: bool,
-    ) -> Result<Option<usize>> {
+        accept: Option<&mut dyn FnMut(usize)>,
+    ) -> Option<usize> {
         // The last page of the data may be the cache's.
-        let len = data.len().min(WRITE_CHUNK);
+        let (all, len) = (data.len(), data.len().min(WRITE_CHUNK));
         let data = &data[..len - len % PAGE_SIZE];
         if !self.may_pass_cache(inode, offset, data) {
-            return Ok(None);
+            return None;
         }
         let end = offset + data.len() as u64;
         let pages = offset / PAGE..end / PAGE;
         if inode.mapping.has_pages(pages.clone()) && inode.mapping.invalidate(pages) > 0 {
-            return Ok(None);
+            return None;
         }
-        if end > inode.size() && !self.is_size_on_disk(inode) {
-            return Ok(None);
+        let grows = end > inode.core.lock().disk_size;
+        if grows && !self.is_size_on_disk(inode) {
+            return None;
         }
         let (first, last) = (self.block_at(offset), self.block_behind(end));
-        let delayed = self
-            .unmapped_ranges(inode, first, last)
-            .and_then(|fresh| self.delay_blocks(inode, &fresh, privileged));
-        if delayed.is_err() {
-            // The cache's way knows what to do when space is short.
-            return Ok(None);
-        }
-        let _writeback = inode.writeback.lock();
-        let written =
-            self.write_and_map(inode, Run { logical: first, len: last - first }, data, end);
-        if written.is_err() {
-            self.drop_delayed(inode, first, last);
-            // What was mapped before the failure is behind the size on the disk.
+        // The cache's way knows what to do when space is short.
+        let fresh = self.unmapped_ranges(inode, first, last).ok()?;
+        self.delay_blocks(inode, &fresh, privileged).ok()?;
+        let _under_way = inode.data.large_write.lock();
+        let writeback = inode.writeback.lock();
+        {
+            let now = self.now();
             let mut core = inode.core.lock();
-            core.size = core.size.max(core.disk_size);
+            (core.mtime, core.ctime) = (now, now);
+            core.lazy_dirty = true;
+            core.size = core.size.max(end);
         }
-        written.map(|()| Some(data.len()))
+        if let Some(accept) = accept.filter(|_| data.len() == all) {
+            accept(all);
+        }
+        let run = Run { logical: first, len: last - first };
+        let written = self.write_and_map(inode, &run, data, end);
+        drop(writeback);
+        if let Err(error) = written {
+            log::warn!("{}: inode {}: a large write is kept: {error}", self.name, inode.ino);
+            self.keep(inode, offset, data);
+        }
+        Some(data.len())
+    }
+
+    /// Puts data that did not get to the disk into dirty pages. Its blocks are mapped or delayed.
+    fn keep(&self, inode: &Inode, offset: u64, data: &[u8]) {
+        for (at, page) in (offset..).step_by(PAGE_SIZE).zip(data.chunks(PAGE_SIZE)) {
+            // A whole page is not read before, so only damage of the process's own fails here.
+            if let Err(error) = self.write_page(inode, at, page) {
+                log::error!("{}: inode {}: bytes from {at} on: {error}", self.name, inode.ino);
+                inode.mapping.errseq().set(WritebackError::Io);
+                self.drop_delayed(inode, self.block_at(at), self.block_behind(at + PAGE));
+            }
+        }
     }
 
     /// Writes what is dirty up to the end of the file, and the zeroes behind it, so that the size
@@ -140,49 +172,31 @@ impl Ext4 {
         written.is_ok() && inode.core.lock().disk_size >= to
     }
 
-    /// Writes the data of a run that ends at the byte `end`, and maps it.
-    fn write_and_map(&self, inode: &Inode, run: Run, data: &[u8], end: u64) -> Result<()> {
+    /// Writes the data of a run that ends at the byte `end`, and maps it. What is not mapped after a failure is delayed.
+    fn write_and_map(&self, inode: &Inode, run: &Run, data: &[u8], end: u64) -> Result<()> {
         let mut segments = Vec::new();
-        let planned = self.plan_run(inode, &run, &mut segments);
-        let written = planned.and_then(|()| self.write_segments_of(inode, &run, &segments, data));
+        let planned = self.plan_run(inode, run, &mut segments);
+        let written = planned.and_then(|()| self.write_segments_of(run, &segments, data));
         if let Err(error) = written {
             segments.into_iter().for_each(|segment| self.give_up(segment));
             return Err(error);
         }
-        let now = self.now();
-        let size = {
-            let mut core = inode.core.lock();
-            (core.mtime, core.ctime) = (now, now);
-            core.lazy_dirty = true;
-            core.size.max(end)
-        };
         let mut error = None;
-        self.map_segments(inode, &mut [], &mut segments, &mut Vec::new(), size, &mut error);
+        self.map_segments(inode, &mut [], &mut segments, &mut Vec::new(), end, &mut error);
         if let Some(error) = error {
             return Err(error);
         }
-        let follows = {
-            let mut core = inode.core.lock();
-            core.size = size;
-            core.disk_size < size
-        };
-        if follows {
+        if inode.core.lock().disk_size < end {
             // Over blocks that lie behind the size, and are written.
             let handle = self.start(credits::SETATTR)?;
-            inode.core.lock().disk_size = size;
+            inode.core.lock().disk_size = end;
             self.mark_inode_dirty(&handle, inode)?;
         }
         Ok(())
     }
 
     /// Writes each segment's part of the data.
-    fn write_segments_of(
-        &self,
-        inode: &Inode,
-        run: &Run,
-        segments: &[Segment],
-        data: &[u8],
-    ) -> Result<()> {
+    fn write_segments_of(&self, run: &Run, segments: &[Segment], data: &[u8]) -> Result<()> {
         let block_size = self.block_size() as usize;
         let mut rest = data;
         let start = Instant::now();
@@ -195,16 +209,7 @@ impl Ext4 {
             // Without a journal a freed block of metadata is free at once.
             self.buffers.wait_for_forgotten(start.0..start.0 + u64::from(segment.len));
             let sector = self.sector_of(start);
-            if let Err(status) = self.buffers.device().write_slice_wait(sector, part) {
-                log::error!(
-                    "{}: inode {}: writing {} blocks at block {start} failed: {status}",
-                    self.name,
-                    inode.ino,
-                    segment.len,
-                );
-                self.data_write_failed(status);
-                return Err(status.into());
-            }
+            self.buffers.device().write_slice_wait(sector, part)?;
         }
         self.pace.note(start.elapsed());
         debug_assert!(rest.is_empty(), "blocks from {} on have no place", run.logical);

@@ -8,7 +8,8 @@ use uext_ondisk::InodeNumber;
 use uext_ondisk::inode::InodeFlags;
 use uext_vfs::{
     Attr, Capabilities, Context, DirSink, Entry, Errno, FileHandle, FileKind, FileSystem, Ino,
-    Ioctl, OpenReply, ReadReply, RenameFlags, SetAttr, SetTime, StatFs, WriteFlags, XattrFlags,
+    Ioctl, OpenReply, ReadReply, RenameFlags, SetAttr, SetTime, StatFs, Write, WriteFlags,
+    XattrFlags,
 };
 
 use crate::credits;
@@ -345,14 +346,25 @@ impl FileSystem for Ext4 {
         &self,
         ctx: &Context,
         ino: Ino,
-        _fh: FileHandle,
+        fh: FileHandle,
         offset: u64,
         data: &[u8],
         flags: WriteFlags,
     ) -> uext_vfs::Result<usize> {
-        let done =
-            self.inode(ino).and_then(|inode| self.file_write(ctx, &inode, offset, data, flags));
+        let write = Write { ino, fh, offset, data, flags };
+        let done = self.inode(ino).and_then(|inode| self.file_write(ctx, &inode, &write, None));
         self.edge(ino, done)
+    }
+
+    fn write_accepted(
+        &self,
+        ctx: &Context,
+        write: &Write<'_>,
+        accept: &mut dyn FnMut(usize),
+    ) -> uext_vfs::Result<usize> {
+        let inode = self.inode(write.ino);
+        let done = inode.and_then(|inode| self.file_write(ctx, &inode, write, Some(accept)));
+        self.edge(write.ino, done)
     }
 
     fn fsync(

@@ -125,6 +125,7 @@ impl Ext4 {
     /// # Errors
     /// The first failure; it is in the file's `errseq` too.
     pub(crate) fn flush_data(&self, inode: &Inode) -> Result<()> {
+        self.wait_for_large_write(inode);
         Ok(inode.mapping.write_and_wait(0..u64::MAX)?)
     }
 

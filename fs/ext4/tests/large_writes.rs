@@ -154,8 +154,31 @@ fn what_was_cut_off_does_not_come_back_with_a_larger_size() {
     disk.check();
 }
 
+/// A write inside the file that lets no size on the disk tell of what is dirty around it.
 #[test]
-fn a_large_write_that_fails_leaves_size_and_space() {
+fn the_size_on_the_disk_stays_behind_a_large_write_before_the_end() {
+    let disk = Disk::new(image(32, EXT4, &[]), &options(Some(DataMode::Ordered)));
+    let (small, large) = (pattern(1, 5000), pattern(2, LARGE));
+    let file = disk.create("file");
+    disk.write(file, 0, &small).unwrap();
+    disk.write(file, 2 << 20, &small).unwrap();
+
+    disk.write(file, 1 << 20, &large).unwrap();
+    let other = disk.create("other");
+    disk.fsync(other);
+
+    let found = recovered(disk.power_cut(), |fs| read(fs, ino_of(fs)));
+    let (at, end) = (1 << 20, (1 << 20) + LARGE);
+    assert!(found.is_empty() || found[..5000] == small, "the beginning");
+    assert!(
+        found.len() <= at || found[at..end.min(found.len())] == large[..found.len().min(end) - at]
+    );
+    assert!(found.len() <= 2 << 20 || found[2 << 20..] == small, "the end");
+    disk.check();
+}
+
+#[test]
+fn a_large_write_that_fails_is_kept_and_tried_again() {
     for args in [EXT4, &["-t", "ext2", "-b", "1024"]] {
         let disk = Disk::new(image(32, args, &[]), &options(None));
         let ino = disk.create("file");
@@ -166,20 +189,40 @@ fn a_large_write_that_fails_leaves_size_and_space() {
             disk.write(ino, (n * LARGE / 4) as u64, part).unwrap();
         }
         disk.fs.sync().unwrap();
-        let free = disk.fs.statfs(&ROOT).unwrap().bfree;
-        disk.fail(Ops::WRITE, When::Nth(1));
+        disk.fail(Ops::WRITE, When::From(1));
+        let data = pattern(2, LARGE);
 
-        assert_eq!(disk.write(ino, LARGE as u64, &pattern(2, LARGE)), Err(Errno::EIO));
+        assert_eq!(disk.write(ino, LARGE as u64, &data), Ok(LARGE));
 
+        assert_eq!(disk.fs.getattr(&ROOT, ino).unwrap().size, 2 * LARGE as u64);
+        assert!(read(&disk.fs, ino)[LARGE..] == data);
+        assert_eq!(disk.fs.fsync(&ROOT, ino, FH, false), Err(Errno::EIO));
         disk.flakey.clear();
-        assert_eq!(disk.fs.getattr(&ROOT, ino).unwrap().size, LARGE as u64);
-        assert_eq!(disk.fs.statfs(&ROOT).unwrap().bfree, free);
-        assert!(read(&disk.fs, ino) == before);
-        assert_eq!(disk.write(ino, LARGE as u64, &pattern(3, LARGE)), Ok(LARGE));
         disk.fsync(ino);
-        assert!(read(&disk.fs, ino)[LARGE..] == pattern(3, LARGE));
+        let whole = [before, data].concat();
+        assert!(read(&disk.fs, ino) == whole);
         disk.check();
+        assert!(recovered(disk.memory.snapshot(), |fs| read(fs, ino_of(fs))) == whole);
     }
+}
+
+#[test]
+fn a_large_write_over_data_that_fails_shows_nothing_old() {
+    let disk = Disk::new(image(32, EXT4, &[]), &options(None));
+    let ino = disk.create("file");
+    let (old, new) = (pattern(1, LARGE), pattern(2, LARGE));
+    old.chunks(LARGE / 4).enumerate().for_each(|(n, part)| {
+        disk.write(ino, (n * LARGE / 4) as u64, part).unwrap();
+    });
+    disk.fsync(ino);
+    disk.fail(Ops::WRITE, When::Nth(1));
+
+    assert_eq!(disk.write(ino, 0, &new), Ok(LARGE));
+
+    assert!(read(&disk.fs, ino) == new);
+    disk.fsync(ino);
+    assert!(recovered(disk.power_cut(), |fs| read(fs, ino_of(fs))) == new);
+    disk.check();
 }
 
 #[test]

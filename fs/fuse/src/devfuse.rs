@@ -226,6 +226,14 @@ fn serve_one(
     let message = &buffers.request[buffers.start..buffers.start + len];
     match Request::parse(message) {
         Ok(request) => {
+            let unique = request.header.unique;
+            let early = |body: &[u8]| {
+                // Who asked may be gone, and then nobody waits for it.
+                if let Err(error) = write_reply(device, unique, 0, &[IoSlice::new(body)]) {
+                    log::debug!("an early reply was refused: {error}");
+                }
+            };
+            let request = Request { early: Some(&early), ..request };
             let mut out = ReplyBuf::new(&mut buffers.reply[REPLY_PREFIX..]);
             let answer = dispatcher.dispatch(&request, &mut out);
             let end = REPLY_PREFIX + out.filled().len();

@@ -15,9 +15,9 @@ use uext_sync::Mutex;
 use uext_vfs::{
     Capabilities, Context, Entry, Errno, FileHandle, FileKind, FileSystem, IOC_COLLAPSE_RANGE,
     IOC_INSERT_RANGE, IOC_REFUSAL, IOC_REMOUNT, Ino, Ioctl, OpenReply, ReadReply, RemountFlags,
-    RenameFlags, Result, XattrFlags,
+    RenameFlags, Result, Write, XattrFlags,
 };
-use zerocopy::FromBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::abi::{self, Fopen, InitFlags, Opcode};
 use crate::attr_readers::AttrReaders;
@@ -538,9 +538,28 @@ impl Dispatcher {
         let data = req.payload.get(..len).ok_or(Errno::EINVAL)?;
         let (ino, fh) = (self.node(req), FileHandle(args.fh));
         let flags = write_flags(args.write_flags, args.flags.cast_signed());
-        let written = self.fs.write(&req.context(), ino, fh, args.offset, data, flags)?;
-        let size = u32::try_from(written).ok().filter(|size| *size <= args.size);
-        out.put(&abi::WriteOut { size: size.ok_or(Errno::EIO)?, padding: 0 })?;
+        let reply = |written: usize| {
+            let size = u32::try_from(written).ok().filter(|size| *size <= args.size);
+            Ok(abi::WriteOut { size: size.ok_or(Errno::EIO)?, padding: 0 })
+        };
+        let write = Write { ino, fh, offset: args.offset, data, flags };
+        let Some(early) = req.early else {
+            let written = self.fs.write(&req.context(), ino, fh, args.offset, data, flags)?;
+            out.put(&reply(written)?)?;
+            return Ok(Answer::Buffer);
+        };
+        let mut accepted = false;
+        let mut accept = |written: usize| {
+            if let Ok(body) = reply(written) {
+                early(body.as_bytes());
+                accepted = true;
+            }
+        };
+        let written = self.fs.write_accepted(&req.context(), &write, &mut accept);
+        if accepted {
+            return Ok(Answer::None);
+        }
+        out.put(&reply(written?)?)?;
         Ok(Answer::Buffer)
     }
 

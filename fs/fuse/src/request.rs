@@ -11,6 +11,9 @@ pub(crate) const NAME_MAX: usize = 255;
 /// Longest name of an extended attribute.
 const XATTR_NAME_MAX: usize = 255;
 
+/// Sends a reply's body before the request has been served.
+pub type EarlyReply<'a> = dyn Fn(&[u8]) + 'a;
+
 /// A request, cut at its boundaries.
 pub struct Request<'a> {
     /// What is asked, of which node, by whom.
@@ -19,6 +22,9 @@ pub struct Request<'a> {
     pub args: &'a [u8],
     /// Names or data.
     pub payload: &'a [u8],
+    /// Sends a reply with this body at once, where the transport lends the payload for longer.
+    /// The answer is [`Answer::None`](crate::reply::Answer::None) then.
+    pub early: Option<&'a EarlyReply<'a>>,
 }
 
 impl<'a> Request<'a> {
@@ -37,7 +43,7 @@ impl<'a> Request<'a> {
             .ok_or(Some(header))?;
         let args_len = Opcode::from_wire(header.opcode).map_or(0, Opcode::args_len);
         let (args, payload) = rest[..body].split_at_checked(args_len).ok_or(Some(header))?;
-        Ok(Self { header, args, payload })
+        Ok(Self { header, args, payload, early: None })
     }
 
     pub(crate) fn args<T: FromBytes + KnownLayout + Immutable>(&self) -> Result<T> {

@@ -17,6 +17,6 @@ pub use ops::{
     Attr, CallerMemory, Capabilities, Context, Entry, FileHandle, FileKind, FileSystem,
     IOC_COLLAPSE_RANGE, IOC_FIEMAP, IOC_INSERT_RANGE, IOC_REFUSAL, IOC_REMOUNT, Ino, Ioctl,
     NoCallerMemory, OpenReply, RemountFlags, RenameFlags, SetAttr, SetTime, StatFs, Timestamp,
-    WriteFlags, XattrFlags,
+    Write, WriteFlags, XattrFlags,
 };
 pub use reply::{DirEntry, DirSink, ReadReply, ReadSegment};

@@ -354,6 +354,21 @@ pub struct Ioctl<'a> {
     pub caller: &'a dyn CallerMemory,
 }
 
+/// A write(2): all of `data` at `offset`.
+#[derive(Clone, Copy)]
+pub struct Write<'a> {
+    /// The file.
+    pub ino: Ino,
+    /// As `open` gave it.
+    pub fh: FileHandle,
+    /// Where the data begins, bytes.
+    pub offset: u64,
+    /// What is written.
+    pub data: &'a [u8],
+    /// How.
+    pub flags: WriteFlags,
+}
+
 /// What statfs(2) shows; block counts in units of `bsize`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct StatFs {
@@ -486,6 +501,22 @@ pub trait FileSystem: Send + Sync {
         data: &[u8],
         flags: WriteFlags,
     ) -> Result<usize>;
+
+    /// [`FileSystem::write`] that may let the caller of write(2) go on before it returns. It
+    /// calls `accept`, at most once, with the bytes written, and from then on owes what it owes
+    /// after a return: whoever reads finds the data, whoever syncs waits for it and hears of
+    /// its failure. The data is lent until the return, whose value then means nothing.
+    ///
+    /// # Errors
+    /// As for `write`, when `accept` was not called.
+    fn write_accepted(
+        &self,
+        ctx: &Context,
+        write: &Write<'_>,
+        _accept: &mut dyn FnMut(usize),
+    ) -> Result<usize> {
+        self.write(ctx, write.ino, write.fh, write.offset, write.data, write.flags)
+    }
 
     /// One descriptor of an open file was closed; may report a write error without consuming it.
     fn flush(&self, _ctx: &Context, _ino: Ino, _fh: FileHandle) -> Result<()> {

@@ -116,7 +116,7 @@ impl Entry {
             None => (Errno::EINVAL.0, 0),
             Some(0) => {
                 // Nothing to read there, so the reply is built where the kernel wants it.
-                let request = Request { header: request, args, payload: &[] };
+                let request = Request { header: request, args, payload: &[], early: None };
                 let mut out = ReplyBuf::new(self.payload.get_mut());
                 let answer = dispatcher.dispatch(&request, &mut out);
                 let len = out.filled().len();
@@ -125,7 +125,7 @@ impl Entry {
             Some(payload_len) => {
                 scratch.resize(self.payload.len, 0);
                 let payload = &self.payload.get()[..payload_len];
-                let request = Request { header: request, args, payload };
+                let request = Request { header: request, args, payload, early: None };
                 let mut out = ReplyBuf::new(scratch);
                 let answer = dispatcher.dispatch(&request, &mut out);
                 let filled = out.filled();
