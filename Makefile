@@ -7,7 +7,7 @@ DEMO_DIR ?= /var/tmp/uext-demo
 
 UEXT := $(or $(CARGO_TARGET_DIR),target)/release/uext
 
-.PHONY: help all deps check test models faults drive drive-fio demo install uninstall fuzz bench bench-readme bench-dev bench-micro test-uring identity lint-deps test-full fsx posix pjdfstest stress-ng xfstests crash crash-long mutants clean
+.PHONY: help all deps check test models faults drive drive-fio demo install uninstall fuzz bench bench-readme bench-dev bench-micro memory test-uring identity lint-deps test-full fsx posix pjdfstest stress-ng xfstests crash crash-long mutants clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,10 @@ test-full: deps ## Full sizes, all states, many seeds (an hour)
 	UEXT_TEST_FULL=1 $(CARGO) test --locked -p uext-tests --test compat -- --test-threads 1
 	UEXT_CRASH_KERNEL=all $(CARGO) test --locked -p uext-tests --test crash
 	UEXT_SEEDS=60 $(CARGO) test --locked -p uext-tests --test badinput
+
+memory: deps all ## The daemon's resident size with 1,000,000 files and 8 GiB (root, minutes)
+	UEXT_TEST_FULL=1 UEXT_BIN=$(abspath $(UEXT)) \
+		$(CARGO) test --release --locked -p uext-tests --test memory -- --nocapture --test-threads 1
 
 faults: deps all ## Every fault point, and 200 kills under load (root, a quarter of an hour)
 	UEXT_FAULT_POINTS=0 UEXT_FULL_RUNS=60 UEXT_KILLS=100 UEXT_BIN=$(abspath $(UEXT)) \

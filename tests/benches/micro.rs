@@ -7,6 +7,7 @@
 
 use std::hint::black_box;
 use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use uext_blockdev::MemoryDevice;
@@ -119,6 +120,29 @@ fn names(c: &mut Criterion) {
             let ino = create(name.as_bytes());
             fs.unlink(&ROOT, dir, name.as_bytes()).expect("unlink");
             fs.forget(ino, 1);
+        });
+    });
+    let file = create(b"linked");
+    c.bench_function("htree insert into a directory of 20000", |b| {
+        // Only insertions are timed; in between the directory is emptied again of them, since
+        // a file has 65,000 links at most.
+        b.iter_custom(|times| {
+            let name = |n: u64| format!("link-{n:012}").into_bytes();
+            let (mut took, mut left) = (Duration::ZERO, times);
+            while left > 0 {
+                let some = left.min(1000);
+                let start = Instant::now();
+                for n in 0..some {
+                    fs.link(&ROOT, file, dir, &name(n)).expect("link");
+                    fs.forget(file, 1);
+                }
+                took += start.elapsed();
+                for n in 0..some {
+                    fs.unlink(&ROOT, dir, &name(n)).expect("unlink");
+                }
+                left -= some;
+            }
+            took
         });
     });
     let mut rng = Rng(4);
