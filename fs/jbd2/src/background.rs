@@ -54,8 +54,7 @@ fn run(requests: &Receiver<()>, interval: Duration, journal: impl Fn() -> Option
         match requests.recv_timeout(tick) {
             Ok(()) => {
                 let Some(journal) = journal() else { return };
-                let (_, aim) = journal.watermarks();
-                note(journal.checkpoint(aim));
+                note(journal.checkpoint(journal.background_aim()));
             }
             Err(RecvTimeoutError::Timeout) => {
                 let Some(journal) = journal() else { return };

@@ -213,7 +213,7 @@ impl Journal {
         state.committed = tid;
         state.committing = Some((tid, TxState::Finished));
         let ring = self.log.as_ref().map_or(0, Log::ring);
-        let low = state.free < ring - self.watermarks().0;
+        let low = state.free < ring - self.watermarks().0 || self.keeps_many(&state);
         drop(state);
         self.changed.notify_all();
         if !transaction.forgotten.is_empty() {

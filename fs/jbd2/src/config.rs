@@ -13,6 +13,9 @@ pub struct JournalConfig {
     pub csum_v3: bool,
     /// 64-bit block numbers in the log; what the filesystem's `64bit` says.
     pub wide: bool,
+    /// Blocks that transactions keep in memory, running, committing and not yet home: a
+    /// quarter of them at most in one transaction.
+    pub cached_blocks: u32,
     /// Run the background thread: timed commits and early checkpoints. Tests that
     /// need every write in order switch it off.
     pub background: bool,
@@ -28,6 +31,7 @@ impl Default for JournalConfig {
             barrier: true,
             csum_v3: true,
             wide: true,
+            cached_blocks: u32::MAX,
             background: true,
             commit_each_handle: false,
         }

@@ -31,6 +31,10 @@ pub type BeforeCommit = Box<dyn Fn() + Send + Sync>;
 /// Blocks of the log kept for revoke blocks that open handles add beyond their credits.
 const SLACK_BLOCKS: u32 = 32;
 
+/// Blocks that a transaction may have, however little memory there is: more than any handle
+/// needs.
+const MIN_IN_MEMORY: u32 = 256;
+
 /// What the journal is doing, for statistics and tests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JournalStatus {
@@ -46,6 +50,8 @@ pub struct JournalStatus {
     pub ring_blocks: u32,
     /// Committed transactions whose blocks are not all known to be home.
     pub checkpoints: usize,
+    /// Their blocks, which memory keeps until they are home.
+    pub kept_blocks: usize,
 }
 
 /// A journal, or the lack of one: a filesystem without journal uses the same
@@ -165,7 +171,8 @@ impl Journal {
             let budget = transaction_budget(log);
             // What descriptors, a revoke block and the commit block take of it.
             let overhead = log.blocks_needed(budget as usize, 1).saturating_sub(budget);
-            budget.saturating_sub(overhead).max(1)
+            let in_memory = (self.config.cached_blocks / 4).max(MIN_IN_MEMORY);
+            budget.saturating_sub(overhead).min(in_memory).max(1)
         })
     }
 
@@ -209,7 +216,11 @@ impl Journal {
             }
             let Some(tx) = &mut state.running else {
                 let needed = transaction_budget(log).saturating_add(slack(log));
-                if state.free >= needed {
+                if let Some(needed) = self.memory_aim(&state, self.config.cached_blocks / 2) {
+                    drop(state);
+                    self.checkpoint(needed)?;
+                    state = self.state.lock();
+                } else if state.free >= needed {
                     let tid = state.next_tid;
                     state.next_tid = tid.wrapping_add(1);
                     let buffers = state.spare.pop().unwrap_or_default();
@@ -273,6 +284,36 @@ impl Journal {
         self.log.as_ref().map_or((0, 0), |log| (log.ring() / 2, log.ring() / 4 * 3))
     }
 
+    /// Blocks of the log to be freed until no more than half of `most` blocks are kept in
+    /// memory because they are not home; `None` when there are no more than `most`.
+    fn memory_aim(&self, state: &State, most: u32) -> Option<u32> {
+        let (mut kept, most) = (state.home.len(), most as usize);
+        if kept <= most {
+            return None;
+        }
+        let mut needed = state.free;
+        for old in &state.checkpoints {
+            if kept <= most / 2 {
+                break;
+            }
+            kept = kept.saturating_sub(old.left);
+            needed = needed.saturating_add(old.log_blocks);
+        }
+        Some(needed)
+    }
+
+    /// Whether more blocks wait to be brought home than memory is meant for.
+    pub(crate) fn keeps_many(&self, state: &State) -> bool {
+        self.memory_aim(state, self.config.cached_blocks / 4).is_some()
+    }
+
+    /// What the background thread is to free.
+    pub(crate) fn background_aim(&self) -> u32 {
+        let state = self.state.lock();
+        let for_memory = self.memory_aim(&state, self.config.cached_blocks / 4);
+        self.watermarks().1.max(for_memory.unwrap_or(0))
+    }
+
     /// The transaction that takes handles.
     pub fn running_tid(&self) -> Option<Tid> {
         self.state.lock().running.as_ref().map(|tx| tx.tid)
@@ -300,6 +341,7 @@ impl Journal {
             used_blocks: ring - state.free,
             ring_blocks: ring,
             checkpoints: state.checkpoints.len(),
+            kept_blocks: state.home.len(),
         }
     }
 

@@ -101,6 +101,10 @@ struct Toy {
 }
 
 fn toy(dir: &Path, features: &str) -> Toy {
+    toy_with(dir, features, JournalConfig::default().cached_blocks)
+}
+
+fn toy_with(dir: &Path, features: &str, cached_blocks: u32) -> Toy {
     let image = mkfs(dir, &["-b", "1024", "-O", features], "8192");
     let base = std::fs::read(&image).unwrap();
     let geometry = geometry(&base);
@@ -112,6 +116,7 @@ fn toy(dir: &Path, features: &str) -> Toy {
         background: false,
         csum_v3: geometry.csum,
         wide: geometry.wide,
+        cached_blocks,
         ..JournalConfig::default()
     };
     let journal =
@@ -392,6 +397,33 @@ fn asking_for_too_much_is_an_error_and_so_is_using_too_much() {
     assert!(matches!(handle.write(&second), Err(JournalError::NoCredits { .. })));
     assert!(handle.extend(1).unwrap());
     drop(handle.write(&second).unwrap());
+}
+
+/// Committed blocks stayed in memory until the log was half full, 512 MiB of a log of 1 GiB,
+/// however little memory the page cache was to take.
+#[test]
+fn blocks_that_wait_for_their_checkpoint_keep_to_the_memory_for_them() {
+    if !have_e2fsprogs() {
+        return;
+    }
+    let dir = scratch();
+    let toy = toy_with(dir.path(), "64bit,metadata_csum", 256);
+    let mut most = 0;
+    for block in 0..1000 {
+        let handle = toy.journal.start(1).unwrap();
+        let buffer = toy.buffers.bread(FREE + block).unwrap();
+        handle.write(&buffer).unwrap().fill(block as u8);
+        drop(handle);
+        toy.journal.commit_all().unwrap();
+        most = most.max(toy.journal.status().kept_blocks);
+    }
+    assert!((64..=129).contains(&most), "{most} kept");
+    toy.journal.close().unwrap();
+    let device: &dyn BlockDevice = &*toy.device;
+    for block in 0..1000 {
+        let home = device.read_at((FREE + block) * SIZE as u64, SIZE).unwrap();
+        assert!(home.iter().all(|byte| *byte == block as u8), "block {block}");
+    }
 }
 
 #[test]
