@@ -221,6 +221,7 @@ impl Ext4 {
         // wherever anything is free.
         for fit in self.raid_fit(count).into_iter().chain([Fit::Whole, Fit::Any]) {
             for step in 0..self.groups_count() {
+                self.trim_loaded_maps()?;
                 let group = GroupNumber((goal_group.0 + step) % self.groups_count());
                 let from = if step == 0 { goal_bit } else { 0 };
                 if let Some(run) = self.claim_in_group(group, from, count, fit)? {
@@ -298,6 +299,7 @@ impl Ext4 {
                         return Ok(None);
                     }
                     state.claimed = Some(map.into_boxed_slice());
+                    self.groups.loaded_maps.add(group);
                 }
                 Err(error @ Error::Corrupt(_)) => {
                     self.condemn(state, error);
@@ -306,6 +308,7 @@ impl Ext4 {
                 Err(error) => return Err(error),
             }
         }
+        state.claimed_used = true;
         Ok(state.claimed.as_mut())
     }
 
@@ -521,6 +524,7 @@ impl Ext4 {
     }
 
     fn free_in_group(&self, handle: &Handle, group: GroupNumber, bit: u32, len: u32) -> Result<()> {
+        self.trim_loaded_maps()?;
         let start = self.sb.group_first_block(group) + u64::from(bit);
         let mut state = self.group(group)?.state.lock();
         let desc = self.desc(group)?;

@@ -17,6 +17,7 @@ use uext_sync::Mutex;
 
 use crate::error::Result;
 use crate::fs::Ext4;
+use crate::loaded_maps::LoadedMaps;
 
 /// A descriptor's fields, copied.
 #[derive(Clone, Copy, Debug)]
@@ -47,8 +48,11 @@ impl<B: AsRef<[u8]>> From<&GroupDesc<B>> for Desc {
 /// What memory knows of a group.
 #[derive(Debug, Default)]
 pub(crate) struct GroupState {
-    /// The block bitmap with claimed and not yet reusable blocks set; loaded when first needed.
+    /// The block bitmap with claimed and not yet reusable blocks set; loaded when needed, and
+    /// dropped when it says what the disk does (see [`crate::loaded_maps`]).
     pub claimed: Option<Box<[u8]>>,
+    /// `claimed` was asked for since it was last a candidate for dropping.
+    pub claimed_used: bool,
     /// Blocks that may be claimed: zero bits of `claimed`, or the descriptor's count before it is loaded.
     pub free_blocks: u32,
     /// Free inodes, as the descriptor says.
@@ -71,15 +75,17 @@ pub(crate) struct Group {
 /// All groups of a filesystem.
 pub(crate) struct Groups {
     pub list: Vec<Group>,
+    /// Which of them have their `claimed` in memory.
+    pub loaded_maps: LoadedMaps,
     tables: Vec<Buffer>,
     checksum: DescChecksum,
 }
 
 impl Groups {
     /// Reads and checks every descriptor.
-    pub fn load(sb: &Superblock, buffers: &BufferCache) -> Result<Self> {
+    pub fn load(sb: &Superblock, buffers: &BufferCache, loaded_maps: LoadedMaps) -> Result<Self> {
         let checksum = sb.desc_checksum();
-        let mut groups = Self { list: Vec::new(), tables: Vec::new(), checksum };
+        let mut groups = Self { list: Vec::new(), loaded_maps, tables: Vec::new(), checksum };
         for n in 0..sb.gdt_blocks() {
             groups.tables.push(buffers.bread(sb.descriptor_block(n).0)?);
         }

@@ -26,6 +26,7 @@ use crate::inode_cache::InodeCache;
 use crate::journal_data;
 use crate::journal_inode::journal_map;
 use crate::journal_place::JournalPlace;
+use crate::loaded_maps::LoadedMaps;
 use crate::memory_plan::MemoryPlan;
 use crate::options::{Atime, MountOptions};
 use crate::orphan::OrphanList;
@@ -120,7 +121,8 @@ impl Ext4 {
         config.limit_bytes = plan.page_bytes;
         let cache = PageCache::new(config);
         let buffers = BufferCache::new(&cache, dev.clone(), sb.block_size());
-        let groups = Groups::load(&sb, &buffers)?;
+        let maps = LoadedMaps::new(plan.bitmap_bytes / sb.block_size() as usize);
+        let groups = Groups::load(&sb, &buffers, maps)?;
         let descs = sb.groups().map(|g| groups.checked(&sb, g));
         let system_zone = SystemZone::new(&sb, descs, !read_only)?;
         let mut overhead = sb.first_data_block().0 + system_zone.blocks();
@@ -141,6 +143,7 @@ impl Ext4 {
                 barrier: options.barrier,
                 csum_v3: sb.features().metadata_csum(),
                 wide: sb.features().bit64(),
+                cached_blocks: plan.journal_blocks(sb.block_size()),
                 background: options.background,
                 commit_each_handle: options.commit_each_handle,
             };

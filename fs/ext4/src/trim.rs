@@ -82,6 +82,7 @@ impl Ext4 {
 
     /// The next free run of a group within `at..to`.
     fn next_free_run(&self, group: GroupNumber, at: u32, to: u32) -> Result<Option<(u32, u32)>> {
+        self.trim_loaded_maps()?;
         let mut state = self.group(group)?.state.lock();
         if state.bad || state.free_blocks == 0 {
             return Ok(None);
