@@ -216,6 +216,11 @@ impl Bio {
         bio
     }
 
+    /// Makes room for so many pieces of memory, so that appending them allocates nothing.
+    pub(crate) fn reserve_vecs(&mut self, count: usize) {
+        self.vecs.reserve_exact(count);
+    }
+
     /// Appends memory.
     pub fn add_vec(&mut self, vec: BioVec) {
         assert!(matches!(self.op, BioOp::Read | BioOp::Write), "only reads and writes carry data");

@@ -155,6 +155,7 @@ fn flush_run(run: &mut Vec<Bio>, batch: &mut Vec<Bio>) {
     }
     let run = std::mem::take(run);
     let mut merged = Bio::new(run[0].op(), run[0].flags(), run[0].sector());
+    merged.reserve_vecs(run.iter().map(|bio| bio.vecs().len()).sum());
     for vec in run.iter().flat_map(|bio| bio.vecs()) {
         merged.add_vec(vec.clone());
     }
