@@ -5,6 +5,7 @@
 //! begins on a page and can go to the disk as it lies. A reply to `READ` is
 //! gathered from where the data is.
 
+use std::cell::Cell;
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
@@ -26,6 +27,7 @@ use crate::request::Request;
 use crate::session::Control;
 use crate::spin::{Luck, Spin};
 use crate::splice::{self, ReplyPipe};
+use crate::stand_in::StandIns;
 use crate::sys;
 
 /// Header and arguments of a `WRITE`: what stands before its data.
@@ -113,65 +115,101 @@ pub(crate) struct Served<'a> {
 /// How long what comes lazily may wait.
 const LAZY: Duration = Duration::from_millis(10);
 
+/// What a worker has of its own.
+struct Worker<'a> {
+    device: &'a File,
+    /// Reads from it don't wait; for who looks for requests.
+    quick: Option<File>,
+    buffers: Buffers,
+    luck: Luck,
+    slept: bool,
+    served: bool,
+}
+
+impl<'a> Worker<'a> {
+    fn new(served: &Served<'_>, device: &'a File) -> Self {
+        let mut buffers = Buffers::new(served.max_write);
+        if served.splice {
+            let pipe = ReplyPipe::new().inspect_err(|error| log::warn!("no pipe: {error}"));
+            buffers.pipe = pipe.ok();
+        }
+        // What was read from one descriptor is answered there.
+        let wants_quick = served.spin.is_on() && !served.lazily;
+        let quick = if wants_quick { nonblocking_clone(device) } else { None };
+        let slept = !served.lazily;
+        Self { device, quick, buffers, luck: Luck::default(), slept, served: false }
+    }
+}
+
 impl Served<'_> {
     /// Serves requests until the connection ends or `stop` is set.
     ///
     /// # Errors
     /// Those of the device that do not mean that the filesystem was unmounted.
     pub(crate) fn serve(&self, device: &File) -> io::Result<()> {
-        let mut buffers = Buffers::new(self.max_write);
-        if self.splice {
-            let pipe = ReplyPipe::new().inspect_err(|error| log::warn!("no pipe: {error}"));
-            buffers.pipe = pipe.ok();
-        }
-        // What was read from one descriptor is answered there.
-        let wants_quick = self.spin.is_on() && !self.lazily;
-        let quick = if wants_quick { nonblocking_clone(device) } else { None };
-        let mut luck = Luck::default();
-        let mut slept = !self.lazily;
-        let mut served = false;
-        loop {
-            // A CPU that doesn't halt is not worth looking for.
-            let wants_look = served && !self.control.awake.is_held();
-            let looked = quick.as_ref().filter(|_| wants_look).and_then(|quick| {
-                let look = || match nix::unistd::read(quick, buffers.request_mut(self.max_write)) {
-                    Err(Nix::EAGAIN) => None,
-                    result => Some(result),
-                };
-                self.spin.until(&mut luck, look).map(|result| (quick, result))
-            });
-            let (device, result) = match looked {
-                Some(looked) => looked,
-                None => match self.wait_and_read(device, &mut buffers, &mut slept) {
-                    Some(result) => (device, result),
-                    None if self.control.is_stopping() => return Ok(()),
-                    None => continue,
-                },
-            };
-            let len = match result {
-                Ok(len) => len,
-                // ENOENT: the request was taken back between the wake-up and the read.
-                Err(Nix::EINTR | Nix::ENOENT | Nix::EAGAIN) => {
-                    served = false;
-                    continue;
-                }
-                // Unmounted. ECONNABORTED is told of: who aborted the connection lost requests.
-                Err(Nix::ENODEV) => return Ok(()),
-                Err(errno) => return Err(errno.into()),
-            };
-            served = true;
-            if !self.lazily {
-                self.control.awake.note();
-            }
-            match serve_one(device, self.dispatcher, &mut buffers, len) {
-                Ok(()) => {}
-                // The connection is gone, and with it who asked; so nobody counts lookups.
-                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(()),
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
-                // The kernel has ended the request with EIO; it is our reply that was wrong.
-                Err(error) => log::error!("a reply was refused: {error}"),
+        let mut worker = Worker::new(self, device);
+        while self.serve_next(&mut worker)? {}
+        Ok(())
+    }
+
+    /// The same for a stand-in, which serves only when it is wanted.
+    ///
+    /// # Errors
+    /// The same.
+    pub(crate) fn stand_in(&self, device: &File) -> io::Result<()> {
+        let mut worker = Worker::new(self, device);
+        while let Some(_standing) = self.control.stand_ins.stand() {
+            if !self.serve_next(&mut worker)? {
+                break;
             }
         }
+        Ok(())
+    }
+
+    /// Waits for a request and serves it, or for anything else that ends the wait; whether there
+    /// may be more.
+    fn serve_next(&self, worker: &mut Worker<'_>) -> io::Result<bool> {
+        let Worker { device, quick, buffers, luck, slept, served } = worker;
+        // A CPU that doesn't halt is not worth looking for.
+        let wants_look = *served && !self.control.awake.is_held();
+        let looked = quick.as_ref().filter(|_| wants_look).and_then(|quick| {
+            let look = || match nix::unistd::read(quick, buffers.request_mut(self.max_write)) {
+                Err(Nix::EAGAIN) => None,
+                result => Some(result),
+            };
+            self.spin.until(luck, look).map(|result| (quick, result))
+        });
+        let (device, result) = match looked {
+            Some(looked) => looked,
+            None => match self.wait_and_read(device, buffers, slept) {
+                Some(result) => (*device, result),
+                None => return Ok(!self.control.is_stopping()),
+            },
+        };
+        let len = match result {
+            Ok(len) => len,
+            // ENOENT: the request was taken back between the wake-up and the read.
+            Err(Nix::EINTR | Nix::ENOENT | Nix::EAGAIN) => {
+                *served = false;
+                return Ok(true);
+            }
+            // Unmounted. ECONNABORTED is told of: who aborted the connection lost requests.
+            Err(Nix::ENODEV) => return Ok(false),
+            Err(errno) => return Err(errno.into()),
+        };
+        *served = true;
+        if !self.lazily {
+            self.control.awake.note();
+        }
+        match serve_one(device, self.dispatcher, &self.control.stand_ins, buffers, len) {
+            Ok(()) => {}
+            // The connection is gone, and with it who asked; so nobody counts lookups.
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(false),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            // The kernel has ended the request with EIO; it is our reply that was wrong.
+            Err(error) => log::error!("a reply was refused: {error}"),
+        }
+        Ok(true)
     }
 
     /// Waits for a request and reads it. Nothing when the worker is to end, or when what comes
@@ -220,6 +258,7 @@ fn has_request(device: &File, timeout: i32) -> bool {
 fn serve_one(
     device: &File,
     dispatcher: &Dispatcher,
+    stand_ins: &StandIns,
     buffers: &mut Buffers,
     len: usize,
 ) -> io::Result<()> {
@@ -227,11 +266,14 @@ fn serve_one(
     match Request::parse(message) {
         Ok(request) => {
             let unique = request.header.unique;
+            // Until the request has been served.
+            let away = Cell::new(None);
             let early = |body: &[u8]| {
                 // Who asked may be gone, and then nobody waits for it.
                 if let Err(error) = write_reply(device, unique, 0, &[IoSlice::new(body)]) {
                     log::debug!("an early reply was refused: {error}");
                 }
+                away.set(Some(stand_ins.away()));
             };
             let request = Request { early: Some(&early), ..request };
             let mut out = ReplyBuf::new(&mut buffers.reply[REPLY_PREFIX..]);

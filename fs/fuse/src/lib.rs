@@ -27,6 +27,7 @@ mod request;
 pub mod session;
 mod spin;
 mod splice;
+mod stand_in;
 mod sys;
 mod uring;
 

@@ -13,7 +13,7 @@ use uext_sync::{Condvar, Mutex, RwLock};
 use uext_vfs::{
     Attr, Capabilities, Context, DirEntry, DirSink, Entry, Errno, FileHandle, FileKind, FileSystem,
     Ino, OpenReply, ReadReply, ReadSegment, RenameFlags, Result, SetAttr, SetTime, StatFs,
-    Timestamp, WriteFlags, XattrFlags,
+    Timestamp, Write, WriteFlags, XattrFlags,
 };
 
 /// Bytes of a page of data.
@@ -284,14 +284,36 @@ pub struct NullFs {
     /// PAIRS-WITH: `unmounts`, in a test that waits for the unmount by other means.
     unmounts: AtomicU32,
     fsyncs: Gate,
+    /// Behind their early replies.
+    writes: Gate,
 }
 
-/// Where fsyncs wait while it is shut.
+/// Where calls wait while it is shut.
 #[derive(Default)]
 struct Gate {
     /// [itself] Whether it is shut, and how many wait.
     state: Mutex<(bool, usize)>,
     opened: Condvar,
+}
+
+impl Gate {
+    fn hold(&self, hold: bool) {
+        self.state.lock().0 = hold;
+        self.opened.notify_all();
+    }
+
+    fn is_shut(&self) -> bool {
+        self.state.lock().0
+    }
+
+    fn pass(&self) {
+        let mut state = self.state.lock();
+        state.1 += 1;
+        while state.0 {
+            self.opened.wait(&mut state);
+        }
+        state.1 -= 1;
+    }
 }
 
 impl Default for NullFs {
@@ -329,6 +351,7 @@ impl NullFs {
             stateless,
             unmounts: AtomicU32::new(0),
             fsyncs: Gate::default(),
+            writes: Gate::default(),
         }
     }
 
@@ -339,8 +362,13 @@ impl NullFs {
 
     /// Has fsyncs wait, as for a slow disk, until told otherwise; for tests.
     pub fn hold_fsyncs(&self, hold: bool) {
-        self.fsyncs.state.lock().0 = hold;
-        self.fsyncs.opened.notify_all();
+        self.fsyncs.hold(hold);
+    }
+
+    /// Has writes be answered at once and wait then, as for a slow disk, until told otherwise;
+    /// for tests.
+    pub fn hold_writes(&self, hold: bool) {
+        self.writes.hold(hold);
     }
 
     /// How many fsyncs wait; for tests.
@@ -556,13 +584,23 @@ impl FileSystem for NullFs {
         Ok(data.len())
     }
 
-    fn fsync(&self, _ctx: &Context, _ino: Ino, _fh: FileHandle, _datasync: bool) -> Result<()> {
-        let mut gate = self.fsyncs.state.lock();
-        gate.1 += 1;
-        while gate.0 {
-            self.fsyncs.opened.wait(&mut gate);
+    fn write_accepted(
+        &self,
+        ctx: &Context,
+        write: &Write<'_>,
+        accept: &mut dyn FnMut(usize),
+    ) -> Result<usize> {
+        let written =
+            self.write(ctx, write.ino, write.fh, write.offset, write.data, write.flags)?;
+        if self.writes.is_shut() {
+            accept(written);
+            self.writes.pass();
         }
-        gate.1 -= 1;
+        Ok(written)
+    }
+
+    fn fsync(&self, _ctx: &Context, _ino: Ino, _fh: FileHandle, _datasync: bool) -> Result<()> {
+        self.fsyncs.pass();
         Ok(())
     }
 

@@ -32,12 +32,13 @@ use uext_vfs::{Errno, FileSystem};
 use crate::PAGE_SIZE;
 use crate::awake::Awake;
 pub use crate::awake::CpuLatency;
-use crate::devfuse;
+use crate::devfuse::{self, Served};
 use crate::dispatch::{AfterUnmount, Dispatcher};
 use crate::mounted_fs::Reopen;
 use crate::notify::Notifier;
 use crate::place::Place;
 use crate::spin::Spin;
+use crate::stand_in::StandIns;
 use crate::sys::{self, FsContext, MountAttr};
 use crate::uring::{self, Rings};
 
@@ -419,7 +420,7 @@ impl Workers {
                 let never = Arc::new(Spin::new(Duration::ZERO));
                 workers.spawn(
                     "fuse-forget",
-                    device_worker(lazy, dispatcher, &control, config, &never),
+                    device_worker(lazy, dispatcher, &control, config, &never, Role::Serves),
                 )?;
                 return Ok((workers, control));
             }
@@ -430,10 +431,15 @@ impl Workers {
             None => {}
         }
         let spin = Arc::new(Spin::new(config.spin));
-        for index in 0..config.worker_count() {
-            let device = if index == 0 { device.clone() } else { clone_device(device) };
-            let work = device_worker(device, dispatcher, &control, config, &spin);
-            match workers.spawn(&format!("fuse-{index}"), work) {
+        let never = Arc::new(Spin::new(Duration::ZERO));
+        let count = config.worker_count();
+        for index in 0..2 * count {
+            let fuse = if index == 0 { device.clone() } else { clone_device(device) };
+            let (role, spin) =
+                if index < count { (Role::Serves, &spin) } else { (Role::StandsIn, &never) };
+            let work = device_worker(fuse, dispatcher, &control, config, spin, role);
+            let started = workers.spawn(&format!("fuse-{index}"), work);
+            match started {
                 Ok(()) => {}
                 Err(error) if workers.threads.is_empty() => return Err(error),
                 Err(error) => {
@@ -471,6 +477,13 @@ impl Workers {
     }
 }
 
+/// What a worker is for.
+#[derive(Clone, Copy, PartialEq)]
+enum Role {
+    Serves,
+    StandsIn,
+}
+
 /// Serves what comes through the device: everything, or, with rings, the rest.
 fn device_worker(
     device: Arc<File>,
@@ -478,6 +491,7 @@ fn device_worker(
     control: &Arc<Control>,
     config: &Config,
     spin: &Arc<Spin>,
+    role: Role,
 ) -> impl FnOnce() -> io::Result<()> + Send + 'static {
     let (dispatcher, control, spin) = (dispatcher.clone(), control.clone(), spin.clone());
     let (max_write, splice) = (config.max_write(), config.splice);
@@ -486,7 +500,7 @@ fn device_worker(
         let _guard = AbortOnPanic;
         sys::set_io_flusher();
         let waiting = control.enter();
-        let served = devfuse::Served {
+        let served = Served {
             dispatcher: &dispatcher,
             control: &control,
             waiting: &waiting,
@@ -495,7 +509,11 @@ fn device_worker(
             splice,
             spin: &spin,
         };
-        let result = served.serve(&device);
+        let result = match role {
+            Role::Serves => served.serve(&device),
+            Role::StandsIn => served.stand_in(&device),
+        };
+        control.stand_ins.close();
         control.leave();
         result
     }
@@ -552,6 +570,7 @@ impl Drop for AbortOnPanic {
 /// What all workers share: how they are stopped, and where they count requests.
 pub(crate) struct Control {
     pub(crate) awake: Awake,
+    pub(crate) stand_ins: StandIns,
     /// Set for good once the workers are to end.
     ///
     /// PAIRS-WITH: `waiting` of each worker, in `Control::stop` and `devfuse::serve`:
@@ -572,6 +591,7 @@ impl Control {
     fn new(config: &Config) -> Self {
         Self {
             awake: Awake::new(config.cpu_latency),
+            stand_ins: StandIns::default(),
             stop: AtomicBool::new(false),
             workers: Mutex::default(),
         }
@@ -599,6 +619,7 @@ impl Control {
     /// Tells all workers to end after what they are doing.
     pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::SeqCst); // PAIRS-WITH: devfuse::serve
+        self.stand_ins.close();
         while self.kick() {
             std::thread::sleep(Duration::from_millis(5));
         }

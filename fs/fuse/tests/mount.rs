@@ -109,6 +109,7 @@ impl TestMount {
 impl Drop for TestMount {
     fn drop(&mut self) {
         if let Some(session) = self.session.take() {
+            self.fs.hold_writes(false);
             // After a failed test: abort the connection, then it ends by itself.
             let _ = umount2(&self.dir, MntFlags::MNT_FORCE | MntFlags::MNT_DETACH);
             self.stopper.stop();
@@ -580,5 +581,28 @@ fn a_busy_mount_has_cpus_stay_awake() {
         lifted = cpu_latency() != Some(4321);
     }
     assert!(lifted, "the mount is idle");
+    mount.umount();
+}
+
+/// Who has answered a write early keeps its worker; others must not wait for that.
+#[test]
+fn answers_before_the_end_leave_workers_for_others() {
+    let config = Config { transport: Transport::DevFuse, threads: Some(1), ..Config::default() };
+    if std::env::var_os("UEXT_TEST_TRANSPORT").is_some() {
+        // Over io_uring nothing is answered early.
+        return;
+    }
+    let Some(mount) = mount(&Kind::Block, &config) else { return };
+    let file = File::create(mount.dir.join("written")).unwrap();
+    for round in 0..3 {
+        mount.fs.hold_writes(true);
+        file.write_all_at(b"answered", round * 8).unwrap();
+        // With one worker, which is away: its stand-in serves these one by one.
+        mount.sh(&format!("for n in 0 1 2 3 4 5; do : > {round}-$n; stat {round}-$n; done"));
+        mount.fs.hold_writes(false);
+        file.sync_all().unwrap();
+    }
+    assert_eq!(mount.sh("cat written"), "answered".repeat(3));
+    drop(file);
     mount.umount();
 }
