@@ -5,6 +5,7 @@
 //! drops, also when the test fails; a test that cannot run says why, loudly.
 
 pub mod identity;
+pub mod mapping;
 pub mod mounts;
 pub mod scratch;
 pub mod tree;

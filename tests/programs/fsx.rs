@@ -11,8 +11,8 @@ use uext_tests::scratch::Kind;
 use uext_tests::tree::Rng;
 use uext_tests::{require, run};
 
-use crate::mapping::Mapping;
 use crate::{EXT4, Mounted, limited};
+use uext_tests::mapping::Mapping;
 
 const MOST_BYTES: u64 = 400_000;
 const MOST_AT_ONCE: u64 = 40_000;

@@ -15,7 +15,6 @@ mod fstab;
 mod fsx;
 mod git;
 mod huge;
-mod mapping;
 mod mmap;
 mod ordinary_user;
 mod sqlite;

@@ -10,8 +10,8 @@ use uext_tests::scratch::Kind;
 use uext_tests::tree::Rng;
 use uext_tests::{require, run, uext};
 
-use crate::mapping::Mapping;
 use crate::{EXT4, Mounted, limited};
+use uext_tests::mapping::Mapping;
 
 const LEN: u64 = 6 << 20;
 const PAGE: usize = 4096;
