@@ -335,6 +335,48 @@ fn bios_outlive_the_thread_that_submitted_them() {
     }
 }
 
+/// The engine's thread has gone to sleep, or is about to, when the next bio comes.
+#[test]
+fn a_bio_that_comes_late_is_not_left_lying() {
+    let place = disk_file();
+    place.resize(16 << 20);
+    for engine in ENGINES {
+        let dev = open(place.path(), engine);
+        std::thread::scope(|scope| {
+            for thread in 0..4u64 {
+                let dev = &dev;
+                scope.spawn(move || {
+                    for n in 0..250u64 {
+                        let (send, recv) = channel();
+                        let mut bio = bio(BioOp::Write, (thread * 250 + n) * 8, 4096, 3);
+                        bio.set_end_io(move |bio| send.send(bio.status()).unwrap());
+                        dev.submit_bio(bio);
+                        assert_eq!(recv.recv_timeout(LONG), Ok(Ok(())), "{engine:?}");
+                        std::thread::sleep(Duration::from_micros(n * 97 % 300));
+                    }
+                });
+            }
+        });
+    }
+}
+
+/// The engine's thread may not have begun when it is to stop.
+#[test]
+fn a_device_that_is_dropped_at_once_is_gone() {
+    let place = disk_file();
+    place.resize(4 << 20);
+    let (send, recv) = channel();
+    std::thread::spawn(move || {
+        for engine in ENGINES {
+            for _ in 0..100 {
+                drop(open(place.path(), engine));
+            }
+        }
+        send.send(()).unwrap();
+    });
+    assert_eq!(recv.recv_timeout(LONG), Ok(()), "a device is still there");
+}
+
 #[test]
 fn dropping_the_device_waits_for_what_is_in_flight() {
     let place = disk_file();

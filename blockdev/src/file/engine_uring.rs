@@ -1,9 +1,12 @@
 //! The io_uring engine.
 //!
-//! Threads that don't wait put their bios into one ring, as many as there are with
-//! one system call, and a reaper thread completes them. A thread that waits for a
-//! batch takes a small ring of its own from a pool, submits and reaps there, and
-//! no other thread wakes up for it.
+//! Threads that don't wait hand their bios to the reaper, which puts them into its ring, as
+//! many as there are with one system call, and completes them. The ring is the reaper's
+//! alone, so a completion wakes the reaper and nobody else: in a ring of several threads
+//! the kernel posts a completion in the thread that submitted, which it interrupts in
+//! whatever it does or wakes from its sleep, and only then is the reaper woken. A thread
+//! that waits for a batch takes a small ring of its own from a pool, submits and reaps
+//! there, and no other thread wakes up for it.
 //!
 //! What would block in the kernel's own workers goes to threads of the sync engine:
 //! flushes, above all, of which a whole sequence (PREFLUSH, data, FUA) is then one
@@ -11,31 +14,32 @@
 //!
 //! The bound: [`DEPTH`] bios in the ring and those that wait in the [`SlabQueue`]; a
 //! submitter that comes then waits, except an `end_io` in the reaper, which must
-//! not. No SQPOLL: on few cores its thread takes the time of those that work. No
-//! COOP_TASKRUN on the shared ring: completions are posted in the context of the
-//! submitting thread, which may compute for long before its next system call.
+//! not. No SQPOLL: on few cores its thread takes the time of those that work.
 //!
 //! No fixed buffers either: a bio's pages are scattered, the kernel has had a vectored
 //! request on registered memory only since 6.15, and what it would save (finding the
-//! pages, 2 % of a request at most) is not to be seen beside a disk. No DEFER_TASKRUN,
-//! which binds a ring to one thread: threads that wait share a pool of rings.
+//! pages, 2 % of a request at most) is not to be seen beside a disk. The rings of threads
+//! that wait are not bound to one (no DEFER_TASKRUN): they share a pool.
 //!
 //! Invariants:
 //! - Each flight in the ring has one entry at a time, and the ring has an entry for
-//!   each flight and one to stop, so neither queue can overflow.
+//!   each flight and one for the wake-up, so neither queue can overflow.
+//! - While the reaper sleeps and nothing waits, [`SlabQueue`] says so, and whoever adds
+//!   something wakes it; the read of the wake-up is in the ring whenever it sleeps.
 //! - A ring is given up only when nothing is in flight in it.
 //!
-//! Locks, outermost first: `sq` (the submission queue and its system call), the slab.
-//! Neither is held over an `end_io`, or while waiting for a completion.
+//! Locks: the slab, held over no `end_io`, and not while waiting for a completion.
 
+use std::cell::UnsafeCell;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use io_uring::{EnterFlags, IoUring, opcode};
-use uext_sync::{Mutex, MutexGuard};
+use io_uring::{Builder, EnterFlags, IoUring, opcode, types};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::EngineQueue;
 use super::batch::{BATCH_DEPTH, BatchPool, Port};
@@ -50,8 +54,8 @@ use crate::status::BlkResult;
 
 /// Bios in the shared ring.
 const DEPTH: u32 = 128;
-/// The user data of the entry that stops the reaper.
-const STOP: u64 = u64::MAX;
+/// The user data of the entry that wakes the reaper.
+const WAKE: u64 = u64::MAX;
 
 pub(super) struct UringEngine {
     ring: Arc<SharedRing>,
@@ -61,27 +65,35 @@ pub(super) struct UringEngine {
 }
 
 struct SharedRing {
+    /// [the reaper]
     ring: IoUring,
     target: Arc<Target>,
     /// Does what io_uring can't, or not well.
     helper: SyncEngine,
-    /// Held by who fills the submission queue or submits it.
-    sq: Mutex<()>,
     taken: SlabQueue,
+    /// Written to wake the reaper.
+    wake: EventFd,
+    /// [the kernel, while the read of `wake` is in the ring] What was read; of no interest.
+    woken: UnsafeCell<u64>,
 }
+
+// SAFETY: the submission and completion queues and `woken` are used by the reaper alone; what
+// else there is may be shared.
+unsafe impl Sync for SharedRing {}
 
 impl UringEngine {
     /// # Errors
     /// When the kernel has no io_uring, or doesn't let us have one.
     pub(super) fn new(target: Arc<Target>) -> io::Result<Self> {
-        let ring = IoUring::builder().setup_submit_all().build(DEPTH + 1)?;
+        let ring = ring_of_one_thread()?;
         ring.submitter().register_files(&[target.fd()])?;
         let ring = Arc::new(SharedRing {
             ring,
             helper: SyncEngine::new(target.clone(), HELPERS),
             taken: SlabQueue::new(&target, DEPTH),
             target,
-            sq: Mutex::new(()),
+            wake: EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?,
+            woken: UnsafeCell::new(0),
         });
         let shared = ring.clone();
         let reaper =
@@ -90,6 +102,25 @@ impl UringEngine {
         let queue = ring.clone();
         Ok(Self { ring, queue, reaper: Some(reaper), batches: BatchPool::new(RingPort::new) })
     }
+}
+
+/// A ring for the thread that enables it, in the best way that the kernel has.
+fn ring_of_one_thread() -> io::Result<IoUring> {
+    // DEFER_TASKRUN is there since 6.1, COOP_TASKRUN since 5.19.
+    let ways: [fn(&mut Builder) -> &mut Builder; 3] = [
+        |builder| builder.setup_single_issuer().setup_defer_taskrun(),
+        Builder::setup_coop_taskrun,
+        |builder| builder,
+    ];
+    let mut last = None;
+    for way in ways {
+        let mut builder = IoUring::builder();
+        match way(builder.setup_submit_all().setup_r_disabled()).build(DEPTH + 1) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => last = Some(error),
+            result => return result,
+        }
+    }
+    Err(last.unwrap_or_else(|| io::ErrorKind::Unsupported.into()))
 }
 
 impl EngineQueue for UringEngine {
@@ -136,31 +167,89 @@ impl SimpleQueue for SharedRing {
         // The iterator may complete bios of its own, so it runs without locks.
         for bio in bios {
             if Flight::can_do(&bio) {
-                self.taken.push(bio, || self.pump());
+                self.taken.push(bio, || self.wake());
             } else {
                 self.helper.submit(&mut std::iter::once(bio));
             }
         }
-        // What the end_ios of one round submit goes down together after the round.
-        if !self.taken.is_reaper() {
-            self.pump();
-        }
+        self.wake();
     }
 }
 
 impl SharedRing {
-    /// Moves what waits into the ring, as far as there are places, and submits it
-    /// with one system call.
-    fn pump(&self) {
-        let sq = self.sq.lock();
-        if self.fill(&sq) > 0 {
-            submit_all(&self.ring, 0);
+    /// Wakes the reaper where it sleeps and does not know of what waits.
+    fn wake(&self) {
+        let asleep = std::mem::take(&mut self.taken.lock().reaper_sleeps);
+        if asleep {
+            self.write_wake();
         }
     }
 
-    /// Moves what waits into the submission queue; how many entries are in that now.
-    fn fill(&self, _sq: &MutexGuard<'_, ()>) -> u32 {
-        // SAFETY: `sq` is held, so this is the only user of the submission queue.
+    fn write_wake(&self) {
+        while let Err(errno) = self.wake.write(1) {
+            if errno != nix::errno::Errno::EINTR {
+                log::error!("eventfd: {errno}; trying again");
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+
+    /// Tells the reaper to go when nothing is left.
+    fn stop(&self) {
+        self.taken.lock().stopping = true;
+        self.write_wake();
+    }
+}
+
+/// What the reaper alone does.
+impl SharedRing {
+    /// Until it is told to stop and nothing is left.
+    fn reap(&self) {
+        while let Err(error) = self.ring.submitter().register_enable_rings() {
+            log::error!("io_uring_register: {error}; trying again");
+            thread::sleep(Duration::from_millis(100));
+        }
+        let mut done = Vec::with_capacity(DEPTH as usize);
+        let mut listens = false;
+        loop {
+            // Without a read of the wake-up in the ring, which ends when somebody stops.
+            if !listens {
+                let (stopping, over) = self.taken.lock().is_to_stop();
+                if over {
+                    release_file(&self.ring);
+                    return;
+                }
+                if !stopping {
+                    self.listen();
+                    listens = true;
+                }
+            }
+            self.submit_and_wait();
+            listens &= !self.collect(&mut done);
+            for (bio, status) in done.drain(..) {
+                if self.taken.lock().is_worth_a_call() {
+                    let entries = self.fill(false);
+                    enter(&self.ring, entries, 0, EnterFlags::empty());
+                }
+                complete(bio, status);
+            }
+        }
+    }
+
+    /// Puts the read of the wake-up into the submission queue.
+    fn listen(&self) {
+        let fd = types::Fd(self.wake.as_raw_fd());
+        let entry = opcode::Read::new(fd, self.woken.get().cast(), size_of::<u64>() as u32);
+        // SAFETY: this is the reaper. `woken` stays in place, and the reaper goes only when the
+        // read has ended.
+        let pushed = unsafe { self.ring.submission_shared().push(&entry.build().user_data(WAKE)) };
+        assert!(pushed.is_ok(), "the ring has an entry for the wake-up");
+    }
+
+    /// Moves what waits into the submission queue, as far as there are places; how many entries
+    /// are in that now. With `to_sleep` whoever adds something from now on wakes the reaper.
+    fn fill(&self, to_sleep: bool) -> u32 {
+        // SAFETY: this is the reaper.
         let mut entries = unsafe { self.ring.submission_shared() };
         let mut slab = self.taken.lock();
         while let Some(index) = slab.next_flight() {
@@ -169,55 +258,38 @@ impl SharedRing {
             let pushed = unsafe { entries.push(&entry) };
             assert!(pushed.is_ok(), "the ring has an entry for each flight");
         }
+        // With the ring full a completion comes, and what waits then goes down.
+        slab.reaper_sleeps = to_sleep && !slab.has_more();
         drop(slab);
         self.taken.made_room();
         // At most the ring's size.
         entries.len() as u32
     }
 
-    /// The reaper's: submits what waits and sleeps until a completion is there, with one
-    /// system call.
+    /// Submits what waits and sleeps until a completion is there, with one system call.
     fn submit_and_wait(&self) {
-        let entries = self.fill(&self.sq.lock());
-        // SAFETY: only the reaper uses the completion queue.
-        let want = u32::from(unsafe { self.ring.completion_shared() }.is_empty());
-        if entries > 0 || want > 0 {
-            // Another thread may submit the entries sooner. Then, or when it takes only some
-            // of them, the kernel returns at once, and the next round waits.
-            enter(&self.ring, entries, want);
+        // SAFETY: this is the reaper.
+        let sleep = unsafe { self.ring.completion_shared() }.is_empty();
+        let entries = self.fill(sleep);
+        if entries > 0 || sleep {
+            // When the kernel takes only some of the entries it returns at once, and the next
+            // round waits.
+            enter(&self.ring, entries, u32::from(sleep), EnterFlags::GETEVENTS);
         }
     }
 
-    /// The reaper's life: until it is told to stop and nothing is left.
-    fn reap(&self) {
-        let mut stopping = false;
-        let mut done = Vec::with_capacity(DEPTH as usize);
-        loop {
-            self.submit_and_wait();
-            stopping |= self.collect(&mut done);
-            for (bio, status) in done.drain(..) {
-                if self.taken.lock().is_worth_a_call() {
-                    self.pump();
-                }
-                complete(bio, status);
-            }
-            if stopping && self.taken.lock().is_idle() {
-                return;
-            }
-        }
-    }
-
-    /// Takes completions out of the ring; whether one of them says stop.
+    /// Takes completions out of the ring; whether one of them is the wake-up.
     fn collect(&self, done: &mut Vec<(Bio, BlkResult<()>)>) -> bool {
-        let mut stop = false;
+        let mut woken = false;
         let mut slab = self.taken.lock();
-        // SAFETY: only the reaper uses the completion queue.
+        slab.reaper_sleeps = false;
+        // SAFETY: this is the reaper.
         for cqe in unsafe { self.ring.completion_shared() } {
-            if cqe.user_data() == STOP {
-                stop = true;
+            if cqe.user_data() == WAKE {
+                woken = true;
                 continue;
             }
-            // The index came from `pump`.
+            // The index came from `fill`.
             let index = cqe.user_data() as u32;
             match slab.flights[index as usize].land(cqe.result(), &self.target) {
                 Landing::Again => slab.again.push(index),
@@ -227,16 +299,7 @@ impl SharedRing {
                 }
             }
         }
-        stop
-    }
-
-    fn stop(&self) {
-        let _sq = self.sq.lock();
-        let entry = opcode::Nop::new().build().user_data(STOP);
-        // SAFETY: `sq` is held, and the entry points nowhere.
-        let pushed = unsafe { self.ring.submission_shared().push(&entry) };
-        assert!(pushed.is_ok(), "the ring has an entry for the stop");
-        submit_all(&self.ring, 0);
+        woken
     }
 }
 
@@ -281,12 +344,6 @@ fn release_file(ring: &IoUring) {
     }
 }
 
-impl Drop for SharedRing {
-    fn drop(&mut self) {
-        release_file(&self.ring);
-    }
-}
-
 impl Drop for RingPort {
     fn drop(&mut self) {
         release_file(&self.ring);
@@ -321,12 +378,10 @@ fn submit_all(ring: &IoUring, want: usize) {
 
 /// Submits `entries` and waits until there are `want` completions, or something went wrong:
 /// what is left in the queue is for the next call.
-fn enter(ring: &IoUring, entries: u32, want: u32) {
+fn enter(ring: &IoUring, entries: u32, want: u32, flags: EnterFlags) {
     // SAFETY: no argument is passed; the entries' flights stay until their completions.
-    let result = unsafe {
-        let flags = EnterFlags::GETEVENTS.bits();
-        ring.submitter().enter::<libc::sigset_t>(entries, want, flags, None)
-    };
+    let result =
+        unsafe { ring.submitter().enter::<libc::sigset_t>(entries, want, flags.bits(), None) };
     match result {
         Ok(_) => {}
         Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}

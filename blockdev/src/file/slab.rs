@@ -34,6 +34,11 @@ pub(super) struct Slab {
     pub(super) again: Vec<u32>,
     queued: VecDeque<Bio>,
     reaper: Option<ThreadId>,
+    /// The reaper sleeps, or is about to, and has seen that nothing waits: whoever adds
+    /// something wakes it. For an engine whose reaper alone submits.
+    pub(super) reaper_sleeps: bool,
+    /// The reaper is to go when nothing is left. For the same.
+    pub(super) stopping: bool,
 }
 
 impl SlabQueue {
@@ -44,6 +49,8 @@ impl SlabQueue {
             again: Vec::with_capacity(depth as usize),
             queued: VecDeque::with_capacity(MAX_QUEUED),
             reaper: None,
+            reaper_sleeps: false,
+            stopping: false,
         };
         Self { slab: Mutex::new(slab), room: Condvar::new() }
     }
@@ -117,6 +124,11 @@ impl Slab {
         let waiting = self.again.len() + self.queued.len();
         let in_flight = self.flights.len() - self.free.len() - self.again.len();
         waiting > 0 && !(self.free.is_empty() && self.again.is_empty()) && waiting * 8 >= in_flight
+    }
+
+    /// Whether the reaper is to stop, and whether it can.
+    pub(super) fn is_to_stop(&self) -> (bool, bool) {
+        (self.stopping, self.stopping && self.is_idle())
     }
 
     pub(super) fn is_idle(&self) -> bool {
