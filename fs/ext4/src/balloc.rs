@@ -83,7 +83,7 @@ enum Fit {
 /// How long a full filesystem waits for files that are being deleted.
 const DELETION_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Blocks that are more than any request takes.
+/// Blocks that are more than any request takes, but for fallocate's.
 const ROOMY: u64 = 16384;
 
 /// Free space of the whole filesystem, in blocks.
@@ -179,10 +179,11 @@ impl Ext4 {
     }
 
     /// Whether somebody may use these: root, `s_def_resuid`, and the group `s_def_resgid` unless
-    /// that is root's. While no request could come near them nobody is asked for who is not known.
-    pub(crate) fn may_use_reserve(&self, ctx: &Context) -> bool {
+    /// that is root's. While no request for `count` blocks could come near them nobody is asked
+    /// for who is not known.
+    pub(crate) fn may_use_reserve(&self, ctx: &Context, count: u64) -> bool {
         if ctx.uid == Context::UNKNOWN {
-            let keep = self.root_reserve() + self.node_pool() + ROOMY;
+            let keep = self.root_reserve() + self.node_pool() + count.max(ROOMY);
             let space = self.space.lock();
             if space.free.saturating_sub(space.reserved) > keep {
                 return false;
@@ -200,7 +201,7 @@ impl Ext4 {
     /// As for [`Ext4::start`].
     pub(crate) fn start_for(&self, ctx: &Context, credits: u32) -> Result<Handle> {
         let handle = self.start(credits)?;
-        handle.set_note(if self.may_use_reserve(ctx) { 0 } else { UNPRIVILEGED });
+        handle.set_note(if self.may_use_reserve(ctx, 0) { 0 } else { UNPRIVILEGED });
         Ok(handle)
     }
 

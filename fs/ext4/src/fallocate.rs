@@ -176,8 +176,8 @@ impl Ext4 {
 
     /// Promises blocks for data and for the nodes that map it.
     fn promise(&self, ctx: &Context, inode: &Inode, count: u64) -> Result<Budget<'_>> {
-        let privileged = self.may_use_reserve(ctx);
         let worst = self.nodes_for(inode, count)?;
+        let privileged = self.may_use_reserve(ctx, count + worst);
         // When space is short the worst does not have to come: few runs need few nodes, and
         // an allocation that finds none in the end is undone.
         let likely = worst.min(8 + count / 4096);

@@ -376,7 +376,7 @@ impl Ext4 {
             if offset > size {
                 self.zero_tail(inode, size)?;
             }
-            let privileged = self.may_use_reserve(ctx);
+            let privileged = self.may_use_reserve(ctx, 0);
             let how = (privileged, direct);
             let written = self.write_pages_of(inode, offset, data, how, accept)?;
             if self.journals_data(inode) {
