@@ -308,9 +308,8 @@ impl Ext4 {
             }
             // The kernel's last forgets may come after its goodbye, or never.
             self.inodes.forget_all(inode.ino);
-            if !inode.deleted.load(Ordering::Relaxed)
-                && let Err(error) = self.delete_inode(&inode)
-            {
+            // Waits for whoever deletes it already.
+            if let Err(error) = self.delete_inode(&inode) {
                 self.report(Some(inode.ino), &error);
             }
         }

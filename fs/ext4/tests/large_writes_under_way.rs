@@ -214,6 +214,18 @@ fn what_changes_the_file_comes_after_it() {
     }
 }
 
+/// Whoever wrote has gone on: it closes the file, and another removes it.
+#[test]
+fn who_deletes_the_file_waits() {
+    for (args, does) in [(EXT4, Does::Writes), (EXT4, Does::Fails), (EXT2, Does::Writes)] {
+        let write = UnderWay::new(args);
+        write.wait_for(does, |_| write.disk.unlink("file"));
+        let (disk, _) = write.ended();
+        assert_eq!(disk.fs.lookup(&ROOT, disk.fs.root(), b"file").unwrap_err(), Errno::ENOENT);
+        disk.check();
+    }
+}
+
 #[test]
 fn a_commit_meanwhile_tells_nothing_of_it() {
     let write = UnderWay::new(EXT4);
