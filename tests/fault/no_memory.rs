@@ -125,7 +125,8 @@ fn run(kind: Kind, engine: Engine) {
     let options = OpenOptions { engine, ..OpenOptions::default() };
     let device = FileDevice::open(&image, options).expect("open the image");
     let options = MountOptions {
-        cache_bytes: Some(64 << 20),
+        // A round dirties less than a tenth, at which the flusher's thread would begin.
+        cache_bytes: Some(128 << 20),
         commit_interval: Duration::from_secs(86_400),
         ..MountOptions::default()
     };
