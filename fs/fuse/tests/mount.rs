@@ -8,8 +8,8 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::Arc;
+use std::process::{Command, Output, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,20 @@ struct TestMount {
     stopper: Stopper,
     session: Option<JoinHandle<Result<(), SessionError>>>,
     _scratch: tempfile::TempDir,
+}
+
+/// Held while a program is started: from its fork until its exec it has what this process has
+/// open, connections and files of mounts. A file's close then asks a filesystem whose
+/// connection cannot end, as long as the child that waits for the answer holds it.
+static STARTING: Mutex<()> = Mutex::new(());
+
+/// Runs a program.
+fn output(command: &mut Command) -> Output {
+    let child = {
+        let _starting = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    child.wait_with_output().unwrap()
 }
 
 /// Whether this machine can mount; a skip is loud.
@@ -94,11 +108,8 @@ impl TestMount {
 
     /// Runs a shell script in the mount.
     fn sh(&self, script: &str) -> String {
-        let output = Command::new("timeout")
-            .args(["60", "sh", "-euc", script])
-            .current_dir(&self.dir)
-            .output()
-            .unwrap();
+        let mut command = Command::new("timeout");
+        let output = output(command.args(["60", "sh", "-euc", script]).current_dir(&self.dir));
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let errors = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{script}\n{text}\n{errors}");
@@ -255,8 +266,8 @@ fn a_session_that_ends_late_leaves_the_next_mount_in_its_place() {
         let source = match kind {
             // A device of its own, so that both mounts have its number.
             Kind::Block => {
-                let output = Command::new("losetup").args(["-f", "--show"]).arg(&image).output();
-                let device = String::from_utf8(output.unwrap().stdout).unwrap();
+                let output = output(Command::new("losetup").args(["-f", "--show"]).arg(&image));
+                let device = String::from_utf8(output.stdout).unwrap();
                 Source::Device(device.trim().into())
             }
             Kind::Plain => Source::Name("nothing".into()),
@@ -277,7 +288,7 @@ fn a_session_that_ends_late_leaves_the_next_mount_in_its_place() {
         let _ = umount2(&dir, MntFlags::empty());
         second.wait().unwrap();
         if let Source::Device(device) = &source {
-            assert!(Command::new("losetup").arg("-d").arg(device).status().unwrap().success());
+            assert!(output(Command::new("losetup").arg("-d").arg(device)).status.success());
             assert!(same_number);
         }
         assert!(after_stop && after_wait, "{after_stop} {after_wait}");
@@ -291,6 +302,7 @@ fn a_stop_ends_the_session_with_files_open() {
         let fs = mount.fs.clone();
         let mut file = File::create(mount.dir.join("open")).unwrap();
         file.write_all(b"data").unwrap();
+        let _nobody_starts = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
         mount.stopper.stop();
         mount.end().unwrap();
         assert_eq!(fs.unmounts(), 1);
@@ -536,11 +548,8 @@ fn the_fuser_front_serves_the_usual_programs_and_unmounts_once() {
     // The birth time needs statx, which fuser lacks; the root shows the node's number.
     let script =
         NAMES.replace("%W d/i)\" -gt", "%W d/i)\" -lt").replace("%i .)\" = 2", "%i .)\" = 1");
-    let output = Command::new("timeout")
-        .args(["60", "sh", "-euc", &script])
-        .current_dir(scratch.path())
-        .output()
-        .unwrap();
+    let mut command = Command::new("timeout");
+    let output = output(command.args(["60", "sh", "-euc", &script]).current_dir(scratch.path()));
     stopper.stop();
     session.join().unwrap().unwrap();
     assert_eq!(fs.unmounts(), 1);
