@@ -16,7 +16,7 @@ use uext_pagecache::Buffer;
 use crate::error::{IoWhat, JournalError, Result};
 use crate::journal::Journal;
 use crate::log::Log;
-use crate::tid::{Tid, tid_geq};
+use crate::tid::{Tid, tid_geq, tid_gt};
 
 /// Bytes copied at once.
 const BATCH_BYTES: usize = 1 << 20;
@@ -54,6 +54,15 @@ fn batch_blocks(block_size: u32) -> usize {
     (BATCH_BYTES / block_size as usize).max(1)
 }
 
+/// What a checkpoint is to achieve; with an empty log there is no more to do.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Aim {
+    /// Blocks of the log that are free.
+    pub free: u32,
+    /// The transaction through which everything is home, but for what newer ones hold too.
+    pub home: Option<Tid>,
+}
+
 /// What one step of a checkpoint is to do.
 enum Step {
     /// Nothing: there is space.
@@ -67,13 +76,12 @@ enum Step {
 }
 
 impl Journal {
-    /// Checkpoints the oldest transactions until `needed` blocks of the log are free, or
-    /// the log is empty.
-    pub(crate) fn checkpoint(&self, needed: u32) -> Result<()> {
+    /// Checkpoints the oldest transactions until the aim is reached.
+    pub(crate) fn checkpoint(&self, aim: Aim) -> Result<()> {
         let Some(log) = &self.log else { return Ok(()) };
         let mut one = self.checkpointing.lock();
         loop {
-            match self.next_step(needed, &mut one.buffers)? {
+            match self.next_step(aim, &mut one.buffers)? {
                 Step::Done => return Ok(()),
                 Step::Write => {
                     let written = self.write_home(log, &mut one);
@@ -108,7 +116,7 @@ impl Journal {
 
     fn empty_log(&self, log: &Log) -> Result<()> {
         self.commit_all()?;
-        self.checkpoint(log.ring())?;
+        self.checkpoint(Aim { free: log.ring(), home: None })?;
         let _one = self.checkpointing.lock();
         let state = self.state.lock();
         if let Some(why) = &state.aborted {
@@ -123,26 +131,23 @@ impl Journal {
     }
 
     /// What is to be done; fills `write`, which is empty, with what is to be brought home.
-    fn next_step(&self, needed: u32, write: &mut Vec<Buffer>) -> Result<Step> {
+    fn next_step(&self, aim: Aim, write: &mut Vec<Buffer>) -> Result<Step> {
         let state = self.state.lock();
         if let Some(why) = &state.aborted {
             return Err(why.as_aborted());
         }
-        if state.free >= needed || state.checkpoints.is_empty() {
-            return Ok(Step::Done);
-        }
         let mut free = state.free;
         let mut newest = None;
         for old in &state.checkpoints {
-            if free >= needed {
+            if free >= aim.free && aim.home.is_none_or(|home| tid_gt(old.tid, home)) {
                 break;
             }
             free += old.log_blocks;
             newest = Some(old.tid);
         }
+        let Some(newest) = newest else { return Ok(Step::Done) };
         let mut held = None;
-        let mut left =
-            state.home.values().filter(|(tid, _)| newest.is_some_and(|n| tid_geq(n, *tid)));
+        let mut left = state.home.values().filter(|(tid, _)| tid_geq(newest, *tid));
         while write.len() < MAX_BUFFERS
             && let Some((_, buffer)) = left.next()
         {
@@ -155,11 +160,11 @@ impl Journal {
         if !write.is_empty() {
             return Ok(Step::Write);
         }
+        // Nothing of the oldest is left to write, but perhaps it is not free yet.
+        let is_held = state.checkpoints.front().is_some_and(|oldest| oldest.left > 0);
         match held {
-            // Nothing of the oldest is left to write, but it is not free yet.
-            Some(newer) if state.checkpoints.front().is_some_and(|c| c.left > 0) => {
-                Ok(Step::Commit(newer))
-            }
+            Some(newer) if is_held && state.free < aim.free => Ok(Step::Commit(newer)),
+            Some(_) if is_held => Ok(Step::Done),
             _ => Ok(Step::MoveTail),
         }
     }

@@ -212,14 +212,13 @@ impl Journal {
         });
         state.committed = tid;
         state.committing = Some((tid, TxState::Finished));
-        let ring = self.log.as_ref().map_or(0, Log::ring);
-        let low = state.free < ring - self.watermarks().0 || self.keeps_many(&state);
+        let is_due = self.is_checkpoint_due(&state);
         drop(state);
         self.changed.notify_all();
         if !transaction.forgotten.is_empty() {
             self.drop_forgotten(&transaction);
         }
-        if low {
+        if is_due {
             self.wake_checkpointer();
         }
     }

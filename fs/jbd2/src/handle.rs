@@ -28,7 +28,7 @@ use uext_blockdev::{AlignedBuf, mutant};
 use uext_pagecache::{Buffer, BufferWriteGuard};
 
 use crate::error::{JournalError, Result};
-use crate::journal::{Journal, revoke_blocks};
+use crate::journal::Journal;
 use crate::tid::Tid;
 use crate::transaction::TxState;
 
@@ -191,17 +191,15 @@ impl Handle {
             self.credits.set(self.credits.get().saturating_add(credits));
             return Ok(true);
         };
-        let most = self.journal.max_credits();
         let mut state = self.journal.state.lock();
         if let Some(why) = state.refusal() {
             return Err(why);
         }
         let Some(tx) = &mut state.running else { return Ok(false) };
-        let total = tx.outstanding.saturating_add(credits);
-        if tx.state != TxState::Running || total.saturating_add(revoke_blocks(log, tx)) > most {
+        if tx.state != TxState::Running || !self.journal.has_room(log, tx, credits) {
             return Ok(false);
         }
-        tx.outstanding = total;
+        tx.outstanding += credits;
         self.credits.set(self.credits.get() + credits);
         Ok(true)
     }

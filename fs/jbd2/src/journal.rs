@@ -12,7 +12,7 @@ use uext_pagecache::{BLOCK_CONTENTS, BufferCache, CheckpointHook, PAGE_CONTENTS}
 use uext_sync::{Condvar, Mutex, RwLock, lockdep};
 
 use crate::background::Background;
-use crate::checkpoint::Workspace;
+use crate::checkpoint::{Aim, Workspace};
 use crate::config::JournalConfig;
 use crate::error::{JournalError, Result};
 use crate::handle::{HANDLE, Handle};
@@ -30,10 +30,6 @@ pub type BeforeCommit = Box<dyn Fn() + Send + Sync>;
 
 /// Blocks of the log kept for revoke blocks that open handles add beyond their credits.
 const SLACK_BLOCKS: u32 = 32;
-
-/// Blocks that a transaction may have, however little memory there is: more than any handle
-/// needs.
-const MIN_IN_MEMORY: u32 = 256;
 
 /// What the journal is doing, for statistics and tests.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -171,8 +167,7 @@ impl Journal {
             let budget = transaction_budget(log);
             // What descriptors, a revoke block and the commit block take of it.
             let overhead = log.blocks_needed(budget as usize, 1).saturating_sub(budget);
-            let in_memory = (self.config.cached_blocks / 4).max(MIN_IN_MEMORY);
-            budget.saturating_sub(overhead).min(in_memory).max(1)
+            budget.saturating_sub(overhead).min(self.most_in_transaction()).max(1)
         })
     }
 
@@ -214,13 +209,16 @@ impl Journal {
                 self.changed.wait(&mut state);
                 continue;
             }
+            if state.running.is_none() {
+                let waited;
+                (state, waited) = self.wait_for_memory(state)?;
+                if waited {
+                    continue;
+                }
+            }
             let Some(tx) = &mut state.running else {
                 let needed = transaction_budget(log).saturating_add(slack(log));
-                if let Some(needed) = self.memory_aim(&state, self.config.cached_blocks / 2) {
-                    drop(state);
-                    self.checkpoint(needed)?;
-                    state = self.state.lock();
-                } else if state.free >= needed {
+                if state.free >= needed {
                     let tid = state.next_tid;
                     state.next_tid = tid.wrapping_add(1);
                     let buffers = state.spare.pop().unwrap_or_default();
@@ -229,7 +227,7 @@ impl Journal {
                     self.has_forgotten.store(false, Ordering::Relaxed);
                 } else {
                     drop(state);
-                    self.checkpoint(needed)?;
+                    self.checkpoint(Aim { free: needed, home: None })?;
                     state = self.state.lock();
                 }
                 continue;
@@ -238,9 +236,7 @@ impl Journal {
                 self.changed.wait(&mut state);
                 continue;
             }
-            let total =
-                tx.outstanding.saturating_add(credits).saturating_add(revoke_blocks(log, tx));
-            let full = total > most || self.config.commit_each_handle;
+            let full = !self.has_room(log, tx, credits) || self.config.commit_each_handle;
             if full && (tx.outstanding > 0 || !tx.revoked.is_empty()) {
                 let tid = tx.tid;
                 drop(state);
@@ -282,36 +278,6 @@ impl Journal {
     /// Blocks in use beyond which checkpoints begin early, and what they aim at.
     pub(crate) fn watermarks(&self) -> (u32, u32) {
         self.log.as_ref().map_or((0, 0), |log| (log.ring() / 2, log.ring() / 4 * 3))
-    }
-
-    /// Blocks of the log to be freed until no more than half of `most` blocks are kept in
-    /// memory because they are not home; `None` when there are no more than `most`.
-    fn memory_aim(&self, state: &State, most: u32) -> Option<u32> {
-        let (mut kept, most) = (state.home.len(), most as usize);
-        if kept <= most {
-            return None;
-        }
-        let mut needed = state.free;
-        for old in &state.checkpoints {
-            if kept <= most / 2 {
-                break;
-            }
-            kept = kept.saturating_sub(old.left);
-            needed = needed.saturating_add(old.log_blocks);
-        }
-        Some(needed)
-    }
-
-    /// Whether more blocks wait to be brought home than memory is meant for.
-    pub(crate) fn keeps_many(&self, state: &State) -> bool {
-        self.memory_aim(state, self.config.cached_blocks / 4).is_some()
-    }
-
-    /// What the background thread is to free.
-    pub(crate) fn background_aim(&self) -> u32 {
-        let state = self.state.lock();
-        let for_memory = self.memory_aim(&state, self.config.cached_blocks / 4);
-        self.watermarks().1.max(for_memory.unwrap_or(0))
     }
 
     /// The transaction that takes handles.

@@ -39,6 +39,7 @@ pub mod journal;
 mod log;
 pub mod log_reader;
 pub mod map;
+mod memory;
 #[cfg(all(test, shuttle))]
 mod model;
 pub mod recovery;

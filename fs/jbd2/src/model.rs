@@ -61,11 +61,11 @@ fn map() -> JournalMap {
     JournalMap::from_runs(vec![run]).unwrap()
 }
 
-fn config() -> JournalConfig {
-    JournalConfig { background: false, ..JournalConfig::default() }
+fn config(cached_blocks: u32) -> JournalConfig {
+    JournalConfig { background: false, cached_blocks, ..JournalConfig::default() }
 }
 
-fn toy(workers: usize) -> Arc<Toy> {
+fn toy(workers: usize, cached_blocks: u32) -> Arc<Toy> {
     let mut image = vec![0; (JOURNAL as usize + RING as usize + 1) * SIZE];
     let mut sb = RawJournalSuperblock::new(SIZE as u32, RING + 1, 1, Default::default());
     sb.update_checksum();
@@ -73,7 +73,8 @@ fn toy(workers: usize) -> Arc<Toy> {
     let disk = ModelDisk::new(image);
     let cache = PageCache::new(CacheConfig { limit_bytes: 0, ..CacheConfig::default() });
     let buffers = BufferCache::new(&cache, disk.clone(), SIZE as u32);
-    let journal = Journal::open(disk.clone(), map(), [0; 16], buffers.clone(), config()).unwrap();
+    let config = config(cached_blocks);
+    let journal = Journal::open(disk.clone(), map(), [0; 16], buffers.clone(), config).unwrap();
     let promises = Mutex::new(vec![Promise::default(); workers]);
     let toy = Toy { disk, cache, buffers, journal, promises, called: AtomicU64::new(0) };
     let toy = Arc::new(toy);
@@ -201,7 +202,7 @@ impl Toy {
         for _ in 0..steps {
             let result = match below(4) {
                 0 => self.journal.commit_old(Duration::ZERO),
-                1 => self.journal.checkpoint(self.journal.watermarks().1),
+                1 => self.journal.checkpoint(self.journal.background_aim()),
                 2 => {
                     self.buffers.drop_clean();
                     Ok(())
@@ -266,7 +267,17 @@ fn workers_and_cuts(
     steps: u64,
     disturb: impl FnOnce(&Arc<Toy>) -> Option<thread::JoinHandle<()>>,
 ) {
-    let toy = toy(workers as usize);
+    workers_with_memory(workers, steps, u32::MAX, disturb);
+}
+
+/// As [`workers_and_cuts`], with memory for so many blocks.
+fn workers_with_memory(
+    workers: u64,
+    steps: u64,
+    cached_blocks: u32,
+    disturb: impl FnOnce(&Arc<Toy>) -> Option<thread::JoinHandle<()>>,
+) {
+    let toy = toy(workers as usize, cached_blocks);
     let mut threads: Vec<_> = (0..workers)
         .map(|worker| {
             let toy = toy.clone();
@@ -317,6 +328,14 @@ fn model_updates_are_whole_and_promises_kept_at_any_cut() {
 #[test]
 fn model_three_workers_and_a_log_that_is_full() {
     explore("journal, full log", 600, || workers_and_cuts(3, 5, |_| None));
+}
+
+/// Whoever begins a transaction first brings home what the ones before have left, and waits for
+/// the commit that holds some of it.
+#[test]
+fn model_memory_for_few_blocks_stops_nobody() {
+    explore("journal, no memory", 400, || workers_with_memory(3, 4, 0, |_| None));
+    explore("journal, little memory", 400, || workers_with_memory(3, 4, 8, |_| None));
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::*;
 use uext_blockdev::{Bio, BioFlags, BioOp, BlkStatus, BlockDevice, MemoryDevice, QueueLimits};
-use uext_jbd2::{Journal, JournalConfig, JournalError, JournalMap, OnDamage, Recovery};
+use uext_jbd2::{Handle, Journal, JournalConfig, JournalError, JournalMap, OnDamage, Recovery};
 use uext_pagecache::{BufferCache, CacheConfig, PageCache};
 use uext_sync::Mutex;
 
@@ -424,6 +424,34 @@ fn blocks_that_wait_for_their_checkpoint_keep_to_the_memory_for_them() {
         let home = device.read_at((FREE + block) * SIZE as u64, SIZE).unwrap();
         assert!(home.iter().all(|byte| *byte == block as u8), "block {block}");
     }
+}
+
+/// What a transaction freed stays in memory until it has committed, and cost no credits: a
+/// million pointer blocks of a large file were all kept.
+#[test]
+fn blocks_that_were_freed_keep_to_the_memory_for_them() {
+    if !have_e2fsprogs() {
+        return;
+    }
+    let dir = scratch();
+    let toy = toy_with(dir.path(), "64bit,metadata_csum", 256);
+    let free = |handle: &Handle, block: u64| {
+        let buffer = toy.buffers.bread(FREE + block).unwrap();
+        handle.revoke(FREE + block);
+        drop(buffer);
+    };
+    let before = toy.journal.committed_tid();
+    (0..1000).for_each(|block| free(&toy.journal.start(1).unwrap(), block));
+    let commits = toy.journal.committed_tid() - before;
+    assert!(commits >= 3, "{commits} commits");
+    // And under one handle, which is told to begin again.
+    toy.journal.commit_all().unwrap();
+    let handle = toy.journal.start(1).unwrap();
+    let room = (0..1000).take_while(|block| {
+        free(&handle, *block);
+        handle.extend(0).unwrap()
+    });
+    assert_eq!(room.count(), 256);
 }
 
 #[test]
