@@ -257,7 +257,9 @@ impl Ext4 {
             Fit::Whole => count.min(self.blocks_per_group() / 2),
             Fit::Any => 1,
         };
-        if state.bad || state.free_blocks < enough {
+        // At the goal a shorter run will do.
+        let longest = state.longest_run.filter(|_| from == 0).unwrap_or(u32::MAX);
+        if state.bad || state.free_blocks.min(longest) < enough {
             return Ok(None);
         }
         let end = self.sb.clusters_in_group(group);
@@ -300,6 +302,7 @@ impl Ext4 {
                         return Ok(None);
                     }
                     state.claimed = Some(map.into_boxed_slice());
+                    state.longest_run = None;
                     self.groups.loaded_maps.add(group);
                 }
                 Err(error @ Error::Corrupt(_)) => {

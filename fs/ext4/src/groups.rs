@@ -53,6 +53,9 @@ pub(crate) struct GroupState {
     pub claimed: Option<Box<[u8]>>,
     /// `claimed` was asked for since it was last a candidate for dropping.
     pub claimed_used: bool,
+    /// The longest free run of `claimed` when that was dropped; nothing changes until it is
+    /// loaded again.
+    pub longest_run: Option<u32>,
     /// Blocks that may be claimed: zero bits of `claimed`, or the descriptor's count before it is loaded.
     pub free_blocks: u32,
     /// Free inodes, as the descriptor says.
