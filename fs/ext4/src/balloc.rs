@@ -209,7 +209,8 @@ impl Ext4 {
     /// reserved them and gives the reservation back as it takes claims.
     ///
     /// # Errors
-    /// `ENOSPC` when nothing is free, `Corrupt` when no bitmap can be read.
+    /// `ENOSPC` when nothing is free, or why a bitmap could not be read when nothing is free
+    /// in the groups of the others.
     pub(crate) fn claim(&self, goal: FsBlock, count: u32) -> Result<Claim> {
         assert!(count > 0, "a claim of nothing");
         let fs = self.this()?;
@@ -220,18 +221,26 @@ impl Ext4 {
             .ok_or_else(|| Corrupt::value("superblock", "no group holds the first data block"))?;
         // First, on a RAID, where whole stripes begin; then where the whole run fits, then
         // wherever anything is free.
+        let mut unreadable = None;
         for fit in self.raid_fit(count).into_iter().chain([Fit::Whole, Fit::Any]) {
             for step in 0..self.groups_count() {
                 self.trim_loaded_maps()?;
                 let group = GroupNumber((goal_group.0 + step) % self.groups_count());
                 let from = if step == 0 { goal_bit } else { 0 };
-                if let Some(run) = self.claim_in_group(group, from, count, fit)? {
-                    let start = self.sb.group_first_block(group) + u64::from(run.start);
-                    return Ok(Claim { fs, start, len: run.len });
+                match self.claim_in_group(group, from, count, fit) {
+                    Ok(Some(run)) => {
+                        let start = self.sb.group_first_block(group) + u64::from(run.start);
+                        return Ok(Claim { fs, start, len: run.len });
+                    }
+                    Ok(None) => {}
+                    // A bitmap that cannot be read now; other groups' can.
+                    Err(error) => {
+                        unreadable.get_or_insert(error);
+                    }
                 }
             }
         }
-        Err(Errno::ENOSPC.into())
+        Err(unreadable.unwrap_or_else(|| Errno::ENOSPC.into()))
     }
 
     /// How a run should lie on a RAID: one of whole stripes, or of whole chunks of one disk,

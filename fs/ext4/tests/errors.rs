@@ -7,8 +7,8 @@ mod modes_common;
 use std::process::Command;
 
 use modes_common::*;
-use uext_blockdev::MemoryDevice;
-use uext_blockdev::dm::flakey::{Ops, When};
+use uext_blockdev::dm::flakey::{Action, Ops, Rule, When};
+use uext_blockdev::{BlkStatus, MemoryDevice};
 use uext_ext4::{DataMode, ErrorsPolicy, Ext4, MountOptions};
 use uext_vfs::{Errno, FileSystem, WriteFlags};
 
@@ -212,4 +212,25 @@ fn an_image_with_recorded_errors_is_mounted_read_only() {
     let memory = MemoryDevice::from_vec(disk.memory.snapshot());
     let fs = Ext4::mount(memory, "again", &options).unwrap();
     assert!(fs.capabilities().read_only);
+}
+
+/// A bitmap is read when its group is first looked at, and again after it was dropped: one
+/// that cannot be read failed every allocation for which its group was next.
+#[test]
+fn bitmaps_that_cannot_be_read_leave_the_other_groups() {
+    let features = "^flex_bg,^resize_inode,^metadata_csum,^uninit_bg";
+    let args = ["-t", "ext4", "-b", "1024", "-g", "1024", "-O", features];
+    let disk = Disk::new(image(64, &args, &[]), &options(None));
+    let files: Vec<_> = (0..32).map(|n| disk.create(&format!("file{n}"))).collect();
+    let group_sectors = 1024 * 2;
+    let groups = 2 + 4 * group_sectors..2 + 16 * group_sectors;
+    let action = Action::Fail(BlkStatus::IoErr);
+    disk.flakey.add(Rule::new(Ops::READ, When::From(1), action).within(groups));
+    for (n, &ino) in (0..).zip(&files) {
+        assert_eq!(disk.write(ino, 0, &pattern(n, 1 << 20)), Ok(1 << 20), "file {n}");
+        assert_eq!(disk.fs.fsync(&ROOT, ino, FH, false), Ok(()), "file {n}");
+    }
+    assert!(disk.flakey.counts().struck > 0, "no bitmap was read there");
+    disk.flakey.clear();
+    disk.check();
 }
