@@ -296,6 +296,9 @@ impl Ext4 {
         group: GroupNumber,
         state: &'s mut MutexGuard<'_, GroupState>,
     ) -> Result<Option<&'s mut Box<[u8]>>> {
+        if state.bad {
+            return Ok(None);
+        }
         if state.claimed.is_none() {
             let end = self.sb.clusters_in_group(group);
             match self.load_block_bitmap(group) {
