@@ -127,6 +127,12 @@ impl Ext4 {
         self.delay_blocks(inode, &fresh, privileged).ok()?;
         let _under_way = inode.data.large_write.lock();
         let writeback = inode.writeback.lock();
+        // Writeback that gave up a page, or a shutdown, may have dropped some since; reserving
+        // may wait for writeback, so not under its lock.
+        let dropped = self.unmapped_ranges(inode, first, last).ok()?;
+        if !(dropped.holes.is_empty() && dropped.unwritten.is_empty()) {
+            return None;
+        }
         {
             let now = self.now();
             let mut core = inode.core.lock();
@@ -149,6 +155,10 @@ impl Ext4 {
 
     /// Puts data that did not get to the disk into dirty pages. Its blocks are mapped or delayed.
     fn keep(&self, inode: &Inode, offset: u64, data: &[u8]) {
+        let times = {
+            let core = inode.core.lock();
+            (core.mtime, core.ctime)
+        };
         for (at, page) in (offset..).step_by(PAGE_SIZE).zip(data.chunks(PAGE_SIZE)) {
             // A whole page is not read before, so only damage of the process's own fails here.
             if let Err(error) = self.write_page(inode, at, page) {
@@ -157,6 +167,9 @@ impl Ext4 {
                 self.drop_delayed(inode, self.block_at(at), self.block_behind(at + PAGE));
             }
         }
+        // Whoever wrote may have looked at them since.
+        let mut core = inode.core.lock();
+        (core.mtime, core.ctime) = times;
     }
 
     /// Writes what is dirty up to the end of the file, and the zeroes behind it, so that the size
@@ -198,6 +211,13 @@ impl Ext4 {
     /// Writes each segment's part of the data.
     fn write_segments_of(&self, run: &Run, segments: &[Segment], data: &[u8]) -> Result<()> {
         let block_size = self.block_size() as usize;
+        let end = segments.iter().try_fold(run.logical, |at, segment| {
+            (segment.logical == at).then_some(at + segment.len)
+        });
+        if end != Some(run.logical + run.len) {
+            log::error!("{}: blocks from {} on have no place", self.name, run.logical);
+            return Err(Errno::EIO.into());
+        }
         let mut rest = data;
         let start = Instant::now();
         for segment in segments {
@@ -212,14 +232,57 @@ impl Ext4 {
             self.buffers.device().write_slice_wait(sector, part)?;
         }
         self.pace.note(start.elapsed());
-        debug_assert!(rest.is_empty(), "blocks from {} on have no place", run.logical);
-        if rest.is_empty() { Ok(()) } else { Err(Errno::EIO.into()) }
+        Ok(())
     }
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
+    use std::process::Command;
+
+    use uext_blockdev::MemoryDevice;
+    use uext_vfs::{Context, FileHandle, FileSystem as _, ReadReply, WriteFlags};
+
     use super::*;
+    use crate::MountOptions;
+
+    /// What lies behind the gap went to the blocks before it.
+    #[test]
+    fn blocks_that_lost_their_reservation_have_nothing_written() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(16 << 20).unwrap();
+        let args = ["-q", "-F", "-t", "ext4", "-b", "4096"];
+        assert!(Command::new("mke2fs").args(args).arg(file.path()).status().unwrap().success());
+        let device = MemoryDevice::from_vec(std::fs::read(file.path()).unwrap());
+        let fs = Ext4::mount(device.clone(), "test", &MountOptions::default()).unwrap();
+        let root = Context { uid: 0, gid: 0, pid: 1, umask: 0 };
+        let made = fs.mknod(&root, fs.root(), b"file", 0o100_644, 0).unwrap().attr;
+        let inode = fs.iget(uext_ondisk::InodeNumber(u32::try_from(made.ino).unwrap())).unwrap();
+        // Twelve blocks of a hole, and what has a place.
+        let (hole, blocks, old) = (12, 64, vec![3; 52 * PAGE_SIZE]);
+        let at = u64::from(hole) * PAGE;
+        let fh = FileHandle(0);
+        let written = fs.write(&root, made.ino, fh, at, &old, WriteFlags::empty());
+        assert_eq!(written, Ok(old.len()));
+        fs.fsync(&root, made.ino, fh, false).unwrap();
+        inode.mapping.invalidate(0..blocks.into());
+        let fresh = fs.unmapped_ranges(&inode, 0, blocks).unwrap();
+        fs.delay_blocks(&inode, &fresh, true).unwrap();
+        fs.drop_delayed(&inode, 10, hole);
+
+        let data = vec![7; 64 * PAGE_SIZE];
+        let run = Run { logical: 0, len: blocks };
+        assert!(fs.write_and_map(&inode, &run, &data, data.len() as u64).is_err());
+
+        let mut reply = ReadReply::new();
+        fs.file_read(&inode, at, old.len(), &mut reply).unwrap();
+        assert!(reply.to_vec() == old, "it was written");
+        fs.drop_delayed(&inode, 0, blocks);
+        fs.unmount().unwrap();
+        std::fs::write(file.path(), device.snapshot()).unwrap();
+        assert!(Command::new("e2fsck").arg("-fn").arg(file.path()).status().unwrap().success());
+    }
 
     #[test]
     fn a_slow_disk_is_left_alone_for_a_while() {
