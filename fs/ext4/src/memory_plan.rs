@@ -27,16 +27,15 @@ pub(crate) struct MemoryPlan {
 
 impl MemoryPlan {
     /// Divides `bytes`: an eighth at most is for inodes, a sixty-fourth for bitmaps, and of the
-    /// rest an eighth for what is kept about each page (some 250 bytes for one of data, 500 for one of metadata).
+    /// rest an eighth for what is kept about each page (some 250 bytes for one of data, 500 for
+    /// one of metadata).
     pub fn of(bytes: usize) -> Self {
         let inodes = (bytes / 8 / INODE_BYTES).clamp(MIN_INODES, MAX_INODES);
         let bitmap_bytes = (bytes / 64).max(MIN_BITMAP_BYTES);
         let rest = bytes.saturating_sub(inodes * INODE_BYTES + bitmap_bytes);
         Self { page_bytes: rest - rest / 8, inodes, bitmap_bytes }
     }
-}
 
-impl MemoryPlan {
     /// Blocks of the pages that the journal may hold: half of them.
     pub fn journal_blocks(&self, block_size: u32) -> u32 {
         u32::try_from(self.page_bytes / 2 / block_size as usize).unwrap_or(u32::MAX)

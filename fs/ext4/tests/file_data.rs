@@ -3,9 +3,12 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod model_common;
+
 use std::process::Command;
 use std::sync::Arc;
 
+use model_common::{Random, write_model};
 use uext_blockdev::MemoryDevice;
 use uext_ext4::{DataMode, Ext4, MountOptions};
 use uext_vfs::{Context, Errno, FileHandle, FileSystem, Ino, ReadReply, SetAttr, WriteFlags};
@@ -97,25 +100,6 @@ fn fsck(dev: &MemoryDevice) {
     assert!(out.status.success(), "e2fsck:\n{}", String::from_utf8_lossy(&out.stdout));
 }
 
-/// xorshift: the same numbers for the same seed.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self, below: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % below
-    }
-}
-
-fn write_model(model: &mut Vec<u8>, offset: usize, data: &[u8]) {
-    if model.len() < offset + data.len() {
-        model.resize(offset + data.len(), 0);
-    }
-    model[offset..offset + data.len()].copy_from_slice(data);
-}
-
 /// Random operations on one file; the model is its bytes.
 fn run_model(args: &[&str], seed: u64, options: &MountOptions) {
     println!("mke2fs {args:?}, seed {seed}, {:?}", options.data_mode);
@@ -124,32 +108,33 @@ fn run_model(args: &[&str], seed: u64, options: &MountOptions) {
     let mut model: Vec<u8> = Vec::new();
     const MOST: u64 = 3 << 20;
     for step in 0..400u64 {
-        match random.next(125) {
+        match random.below(125) {
             100..=124 => allocate_model(&image, &mut random, &mut model, step),
             0..=54 => {
-                let offset = random.next(MOST);
+                let offset = random.below(MOST);
                 let len =
-                    if random.next(4) == 0 { random.next(200_000) } else { random.next(9000) } + 1;
+                    if random.below(4) == 0 { random.below(200_000) } else { random.below(9000) }
+                        + 1;
                 let byte = (step % 255) as u8 + 1;
                 let data: Vec<u8> = (0..len).map(|at| byte ^ (at / 512) as u8).collect();
                 assert_eq!(image.write(offset, &data), Ok(data.len()), "step {step}");
                 write_model(&mut model, offset as usize, &data);
             }
             55..=64 => {
-                let data = vec![step as u8 | 1; random.next(5000) as usize + 1];
+                let data = vec![step as u8 | 1; random.below(5000) as usize + 1];
                 let flags = WriteFlags::APPEND;
                 let done = image.fs.write(&ROOT, image.ino, FH, 0, &data, flags);
                 assert_eq!(done, Ok(data.len()));
                 model.extend_from_slice(&data);
             }
             65..=74 => {
-                let size = if random.next(8) == 0 { 0 } else { random.next(MOST) };
+                let size = if random.below(8) == 0 { 0 } else { random.below(MOST) };
                 image.truncate(size);
                 model.resize(size as usize, 0);
             }
             75..=89 => {
-                let offset = random.next(MOST) as usize;
-                let len = random.next(300_000) as usize;
+                let offset = random.below(MOST) as usize;
+                let len = random.below(300_000) as usize;
                 let end = (offset + len).min(model.len());
                 let want = model.get(offset..end).unwrap_or(&[]);
                 assert!(
@@ -157,7 +142,7 @@ fn run_model(args: &[&str], seed: u64, options: &MountOptions) {
                     "step {step}: read {offset} +{len}"
                 );
             }
-            90..=95 => image.fs.fsync(&ROOT, image.ino, FH, random.next(2) == 0).unwrap(),
+            90..=95 => image.fs.fsync(&ROOT, image.ino, FH, random.below(2) == 0).unwrap(),
             96..=97 => image.fs.sync().unwrap(),
             _ => image.remount(),
         }
@@ -174,10 +159,10 @@ fn run_model(args: &[&str], seed: u64, options: &MountOptions) {
 /// A random fallocate(2) within 3 MiB, also on the model.
 fn allocate_model(image: &Image, random: &mut Random, model: &mut Vec<u8>, step: u64) {
     let modes = [0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE];
-    let mode = modes[random.next(modes.len() as u64) as usize];
-    let offset = random.next(3 << 20);
-    let most = if random.next(4) == 0 { 600_000 } else { 9000 };
-    let len = random.next(most) + 1;
+    let mode = modes[random.below(modes.len() as u64) as usize];
+    let offset = random.below(3 << 20);
+    let most = if random.below(4) == 0 { 600_000 } else { 9000 };
+    let len = random.below(most) + 1;
     let done = image.fs.fallocate(&ROOT, image.ino, offset, len, mode);
     if done == Err(Errno::EOPNOTSUPP) {
         assert!(image.block_mapped && mode & PUNCH_HOLE == 0, "step {step}: mode {mode}");

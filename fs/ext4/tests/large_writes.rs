@@ -2,8 +2,10 @@
 //! writes, after power cuts, and where the disk fails.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod model_common;
 mod modes_common;
 
+use model_common::{Random, write_model};
 use modes_common::*;
 use uext_blockdev::dm::flakey::{Ops, When};
 use uext_ext4::{DataMode, Ext4};
@@ -11,25 +13,6 @@ use uext_vfs::{Errno, FileSystem, Ino};
 
 const EXT4: &[&str] = &["-t", "ext4", "-b", "4096", "-J", "size=4"];
 const LARGE: usize = 256 << 10;
-
-/// xorshift: the same numbers for the same seed.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, below: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % below
-    }
-}
-
-fn write_model(model: &mut Vec<u8>, offset: usize, data: &[u8]) {
-    if model.len() < offset + data.len() {
-        model.resize(offset + data.len(), 0);
-    }
-    model[offset..offset + data.len()].copy_from_slice(data);
-}
 
 fn holds_what_the_model_holds(args: &[&str], seed: u64) {
     println!("mke2fs {args:?}, seed {seed}");

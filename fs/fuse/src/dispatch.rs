@@ -2,9 +2,8 @@
 //! transports stand.
 //!
 //! A transport hands in a [`Request`] (header, arguments, payload) and a
-//! [`ReplyBuf`], and sends the [`Answer`]. A
-//! request too short for its structure, or with names that do not end, is
-//! `EINVAL`. Locks: that of the unmount's result, held while the filesystem
+//! [`ReplyBuf`], and sends the [`Answer`]. A request too short for its structure, or with
+//! names that do not end, is `EINVAL`. Locks: that of the unmount's result, held while the filesystem
 //! unmounts so that a second caller waits for the first, and that of [`Foresight`], a leaf.
 
 use std::sync::atomic::{AtomicBool, Ordering};
