@@ -291,28 +291,40 @@ pub struct NullFs {
 /// Where calls wait while it is shut.
 #[derive(Default)]
 struct Gate {
-    /// [itself] Whether it is shut, and how many wait.
-    state: Mutex<(bool, usize)>,
+    state: Mutex<GateState>,
     opened: Condvar,
+}
+
+#[derive(Default)]
+struct GateState {
+    shut: bool,
+    waiting: usize,
+    /// How often it was opened: who waited then passes, shut again or not.
+    openings: u64,
 }
 
 impl Gate {
     fn hold(&self, hold: bool) {
-        self.state.lock().0 = hold;
-        self.opened.notify_all();
+        let mut state = self.state.lock();
+        state.shut = hold;
+        if !hold {
+            state.openings += 1;
+            self.opened.notify_all();
+        }
     }
 
     fn is_shut(&self) -> bool {
-        self.state.lock().0
+        self.state.lock().shut
     }
 
     fn pass(&self) {
         let mut state = self.state.lock();
-        state.1 += 1;
-        while state.0 {
+        let openings = state.openings;
+        state.waiting += 1;
+        while state.shut && state.openings == openings {
             self.opened.wait(&mut state);
         }
-        state.1 -= 1;
+        state.waiting -= 1;
     }
 }
 
@@ -373,7 +385,7 @@ impl NullFs {
 
     /// How many fsyncs wait; for tests.
     pub fn held_fsyncs(&self) -> usize {
-        self.fsyncs.state.lock().1
+        self.fsyncs.state.lock().waiting
     }
 
     /// Inodes in memory and their lookups in all, the root left out; for tests.
