@@ -6,13 +6,20 @@
 //! whoever holds the `Arc` follows the I/O rule of [`crate::bio`].
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::num::NonZeroUsize;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 use crate::bio::IoBuffer;
 
 /// Alignment of every buffer, bytes: the page size, which satisfies every device.
 pub const BUFFER_ALIGN: usize = 4096;
+
+/// From this many bytes on memory is a mapping of its own. Its pages are zeroes when they come,
+/// with their first use, where an allocator would write them all before.
+const MAP_BYTES: usize = 128 << 10;
 
 /// Zeroed, page-aligned memory.
 pub struct AlignedBuf {
@@ -29,10 +36,24 @@ impl AlignedBuf {
     /// `len` zeroed bytes; `len` may be any size, also 0.
     pub fn new(len: usize) -> Self {
         let layout = Self::layout(len);
-        // SAFETY: the layout's size is not zero.
-        let ptr = unsafe { alloc_zeroed(layout) };
-        let Some(ptr) = NonNull::new(ptr) else { handle_alloc_error(layout) };
+        let ptr = match NonZeroUsize::new(len).filter(|&len| Self::is_mapped(len.get())) {
+            Some(len) => Self::map(len),
+            // SAFETY: the layout's size is not zero.
+            None => NonNull::new(unsafe { alloc_zeroed(layout) }),
+        };
+        let Some(ptr) = ptr else { handle_alloc_error(layout) };
         Self { ptr, len }
+    }
+
+    fn is_mapped(len: usize) -> bool {
+        len >= MAP_BYTES
+    }
+
+    fn map(len: NonZeroUsize) -> Option<NonNull<u8>> {
+        let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: the kernel chooses a place where nothing is.
+        let mapped = unsafe { mmap_anonymous(None, len, prot, MapFlags::MAP_PRIVATE) };
+        mapped.ok().map(NonNull::cast)
     }
 
     /// A copy of `data`.
@@ -49,8 +70,14 @@ impl AlignedBuf {
 
 impl Drop for AlignedBuf {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` with the same layout.
-        unsafe { dealloc(self.ptr.as_ptr(), Self::layout(self.len)) }
+        if Self::is_mapped(self.len) {
+            // SAFETY: mapped in `new` with the same length; nobody has it any more.
+            let unmapped = unsafe { munmap(self.ptr.cast(), self.len) };
+            debug_assert_eq!(unmapped, Ok(()));
+        } else {
+            // SAFETY: allocated in `new` with the same layout.
+            unsafe { dealloc(self.ptr.as_ptr(), Self::layout(self.len)) }
+        }
     }
 }
 
@@ -76,5 +103,21 @@ unsafe impl IoBuffer for AlignedBuf {
     }
     fn io_len(&self) -> usize {
         self.len
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_aligned_zeroed_and_writable_whatever_its_length() {
+        for len in [0, 1, 4096, MAP_BYTES - 1, MAP_BYTES, MAP_BYTES + 1, 1 << 20] {
+            let mut buf = AlignedBuf::new(len);
+            assert_eq!((buf.len(), buf.as_ptr().addr() % BUFFER_ALIGN), (len, 0));
+            assert!(buf.iter().all(|&byte| byte == 0));
+            buf.fill(7);
+            assert!(AlignedBuf::from_slice(&buf)[..] == buf[..]);
+        }
     }
 }

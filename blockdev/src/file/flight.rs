@@ -7,7 +7,7 @@
 
 use io_uring::{opcode, squeue, types};
 
-use super::target::{MAX_AGAIN, Target, advance, iovec_of};
+use super::target::{MAX_AGAIN, Target, advance, gather};
 use crate::bio::{Bio, BioFlags, BioOp};
 use crate::status::{BlkResult, BlkStatus};
 
@@ -55,7 +55,7 @@ impl Flight {
     /// Takes a bio on board.
     pub(super) fn board(&mut self, bio: Bio) {
         self.iovecs.clear();
-        self.iovecs.extend(bio.vecs().iter().map(iovec_of));
+        gather(&mut self.iovecs, bio.vecs());
         self.first = 0;
         self.offset = bio.sector().byte_offset();
         self.again = 0;

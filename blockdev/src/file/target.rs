@@ -155,7 +155,7 @@ impl Target {
             let mut done = 0;
             for vecs in bio.vecs().chunks(per_call) {
                 iovecs.clear();
-                iovecs.extend(vecs.iter().map(iovec_of));
+                gather(iovecs, vecs);
                 let bytes = vecs.iter().map(|vec| u64::from(vec.len)).sum::<u64>();
                 self.transfer(bio.op(), iovecs, offset + done, rwf)?;
                 done += bytes;
@@ -284,8 +284,21 @@ const BLKDISCARD: libc::Ioctl = 0x1277;
 const BLKZEROOUT: libc::Ioctl = 0x127f;
 
 /// The kernel's view of a bvec.
-pub(super) fn iovec_of(vec: &BioVec) -> libc::iovec {
+fn iovec_of(vec: &BioVec) -> libc::iovec {
     libc::iovec { iov_base: vec.as_ptr().cast(), iov_len: vec.len as usize }
+}
+
+/// The kernel's view of bvecs, appended; memory that lies side by side is one piece.
+pub(super) fn gather(iovecs: &mut Vec<libc::iovec>, vecs: &[BioVec]) {
+    for vec in vecs {
+        let iovec = iovec_of(vec);
+        match iovecs.last_mut() {
+            Some(last) if last.iov_base.wrapping_byte_add(last.iov_len) == iovec.iov_base => {
+                last.iov_len += iovec.iov_len;
+            }
+            _ => iovecs.push(iovec),
+        }
+    }
 }
 
 /// Takes `moved` bytes off the front; returns how many iovecs are finished.
@@ -372,5 +385,17 @@ mod tests {
         assert_eq!((iovecs[1].iov_base.addr(), iovecs[1].iov_len), (base.addr() + 13, 7));
         assert_eq!(advance(&mut iovecs[1..], 7), 1);
         assert_eq!(advance(&mut iovecs[2..], 10), 1);
+    }
+
+    #[test]
+    fn memory_side_by_side_is_one_piece_and_keeps_its_order() {
+        let buf: Arc<AlignedBuf> = Arc::new(AlignedBuf::new(8192));
+        let part = |offset, len| BioVec::part(buf.clone(), offset, len);
+        let vecs = [part(0, 512), part(512, 1024), part(4096, 512), part(3584, 512), part(4096, 8)];
+        let mut iovecs = Vec::new();
+        gather(&mut iovecs, &vecs);
+        let start = buf.as_ptr().addr();
+        let pieces = iovecs.iter().map(|iovec| (iovec.iov_base.addr() - start, iovec.iov_len));
+        assert_eq!(pieces.collect::<Vec<_>>(), [(0, 1536), (4096, 512), (3584, 520)]);
     }
 }

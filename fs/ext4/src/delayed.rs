@@ -44,6 +44,12 @@ pub(crate) struct FileData {
     pub reported: Mutex<ErrSeqMark>,
 }
 
+impl FileData {
+    pub fn new(readahead: ReadaheadState) -> Self {
+        Self { readahead: Mutex::new(readahead), ..Self::default() }
+    }
+}
+
 /// Blocks of a file, as ranges.
 #[derive(Default)]
 pub(crate) struct RangeSet {

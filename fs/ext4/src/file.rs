@@ -12,11 +12,13 @@
 //! Locks: `Inode::rwsem` shared to read, exclusive to write; then pages; then `Inode::map`
 //! shared. What reserves space does so before a page is locked, since it may wait for a commit.
 
+use std::ops::Range;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
 use uext_blockdev::{Bio, BioFlags, BioOp, BioVec, Sector, mutant};
-use uext_ondisk::LogicalBlock;
 use uext_ondisk::inode::InodeFlags;
+use uext_ondisk::{FsBlock, LogicalBlock};
 use uext_pagecache::{Folio, FolioWriteGuard, PAGE_SIZE};
 use uext_vfs::{Context, Errno, FileKind, ReadReply, ReadSegment, Write, WriteFlags};
 
@@ -32,11 +34,20 @@ pub(crate) const PAGE: u64 = PAGE_SIZE as u64;
 pub(crate) const WRITE_CHUNK: usize = 1 << 20;
 /// Pages that are read, and lent to a reply, in one go.
 const READ_PAGES: u64 = 512;
+/// Pages that are read ahead together: a reader waits for all of them.
+const AHEAD_PAGES: u64 = 256;
+/// Blocks of which the place is looked up together.
+const RUN: u32 = 4 * AHEAD_PAGES as u32;
 /// Most bytes of one read.
 const MAX_READ: usize = 64 << 20;
 const S_ISUID: u16 = 0o4000;
 const S_ISGID: u16 = 0o2000;
 const S_IXGRP: u16 = 0o0010;
+
+/// Pages, by rising index.
+type Folios = Vec<Arc<Folio>>;
+/// Parts of a page, and where they are on the disk.
+type Places = SmallVec<[(Range<usize>, FsBlock); 4]>;
 
 /// A locked page that is being read.
 struct Fill {
@@ -47,7 +58,7 @@ struct Fill {
 
 impl Ext4 {
     /// The sector of a block.
-    pub(crate) fn sector_of(&self, block: uext_ondisk::FsBlock) -> Sector {
+    pub(crate) fn sector_of(&self, block: FsBlock) -> Sector {
         Sector(block.0 * u64::from(self.block_size() / 512))
     }
 
@@ -88,6 +99,12 @@ impl Ext4 {
         self.touch_atime(inode);
         let (first, last) = (offset / PAGE, end.div_ceil(PAGE));
         let ahead = inode.data.readahead.lock().on_read(first, last - first, size.div_ceil(PAGE));
+        // What is wanted now comes first, but where it is on its way the disk need not wait.
+        let (before, behind) =
+            if inode.mapping.has_pages(first..first + 1) { (ahead, None) } else { (None, ahead) };
+        if let Some(ahead) = before {
+            self.read_ahead(inode, ahead);
+        }
         // What a reply lends cannot leave the cache, so a long read is copied piece by piece.
         let lends = last - first <= READ_PAGES;
         for from in (first..last).step_by(READ_PAGES as usize) {
@@ -104,7 +121,7 @@ impl Ext4 {
                 });
             }
         }
-        if let Some(ahead) = ahead {
+        if let Some(ahead) = behind {
             self.read_ahead(inode, ahead);
         }
         Ok(())
@@ -117,60 +134,70 @@ impl Ext4 {
         first: u64,
         last: u64,
     ) -> Result<Vec<Option<Arc<Folio>>>> {
-        let mut pages: Vec<Option<Arc<Folio>>> = Vec::new();
-        let mut missing = Vec::new();
-        for index in first..last {
-            let cached = inode.mapping.find(index);
-            let page = match cached {
-                Some(folio) => Some(folio),
-                None if self.is_hole(inode, index)? => None,
-                None => Some(inode.mapping.find_or_create(index)),
-            };
-            missing.extend(page.iter().filter(|folio| !folio.is_uptodate()).cloned());
-            pages.push(page);
+        let (cached, made) = self.make_pages(inode, first..last)?;
+        cached.iter().for_each(|folio| folio.touch());
+        let mut pages = vec![None; (last - first) as usize];
+        for folio in cached.into_iter().chain(made) {
+            let at = (folio.index() - first) as usize;
+            pages[at] = Some(folio);
         }
+        let missing = pages.iter().flatten().filter(|folio| !folio.is_uptodate());
+        let missing: Vec<_> = missing.cloned().collect();
         self.fill_pages(inode, &missing, BioFlags::SYNC)?;
         Ok(pages)
     }
 
-    /// Whether a page has no block on the disk that holds data.
-    fn is_hole(&self, inode: &Inode, index: u64) -> Result<bool> {
-        let per_page = PAGE / u64::from(self.block_size());
-        let Ok(first) = u32::try_from(index * per_page) else { return Ok(true) };
-        let mut at = 0;
-        while u64::from(at) < per_page {
-            // The number of blocks in a page fits.
-            let mapping = self.map_lookup(inode, LogicalBlock(first + at), per_page as u32 - at)?;
-            if mapping.data().is_some() {
-                return Ok(false);
+    /// The pages of a range that are cached, and those that are made because there is data; what
+    /// is left is holes. Writers are excluded.
+    fn make_pages(&self, inode: &Inode, range: Range<u64>) -> Result<(Folios, Folios)> {
+        let cached = inode.mapping.find_range(range.clone());
+        let mut made = Vec::new();
+        let mut from = range.start;
+        for to in cached.iter().map(|folio| folio.index()).chain([range.end]) {
+            for run in self.data_pages(inode, from..to)? {
+                made.extend(inode.mapping.find_or_create_to_fill(run));
             }
-            at += mapping.len;
+            from = to + 1;
         }
-        // A page that another reader or a writer is about to make is found after the mapping
-        // was looked at, since writers are excluded.
-        Ok(inode
-            .data
-            .delayed
-            .lock()
-            .next(first)
-            .is_none_or(|next| u64::from(next) >= u64::from(first) + per_page))
+        Ok((cached, made))
+    }
+
+    /// The pages of a range that have a block with data, in runs. None of them is cached, so what
+    /// the mapping says of them stays.
+    fn data_pages(&self, inode: &Inode, pages: Range<u64>) -> Result<SmallVec<[Range<u64>; 4]>> {
+        let per_page = PAGE / u64::from(self.block_size());
+        let block = |page: u64| u32::try_from(page * per_page).unwrap_or(u32::MAX);
+        let (mut at, end) = (block(pages.start), block(pages.end));
+        let mut runs: SmallVec<[Range<u64>; 4]> = SmallVec::new();
+        while at < end {
+            let (is_data, stop) = self.run_kind(inode, at, end)?;
+            let stop = stop.min(end);
+            if is_data {
+                let (from, to) = (u64::from(at) / per_page, u64::from(stop).div_ceil(per_page));
+                match runs.last_mut() {
+                    Some(last) if from <= last.end => last.end = to,
+                    _ => runs.push(from..to),
+                }
+            }
+            at = stop;
+        }
+        Ok(runs)
     }
 
     /// Reads pages ahead of a sequential reader; errors show when a page is really read.
-    fn read_ahead(&self, inode: &Arc<Inode>, range: std::ops::Range<u64>) {
-        let mut missing = Vec::new();
-        for index in range {
-            if inode.mapping.find(index).is_none()
-                && matches!(self.is_hole(inode, index), Ok(false))
-            {
-                let folio = inode.mapping.find_or_create(index);
-                folio.set_readahead();
-                missing.push(folio);
+    fn read_ahead(&self, inode: &Arc<Inode>, range: Range<u64>) {
+        for from in range.clone().step_by(AHEAD_PAGES as usize) {
+            let piece = from..range.end.min(from + AHEAD_PAGES);
+            if let Err(error) = self.read_piece_ahead(inode, piece) {
+                log::debug!("{}: inode {}: readahead: {error}", self.name, inode.ino);
             }
         }
-        if let Err(error) = self.start_fill(inode, &missing) {
-            log::debug!("{}: inode {}: readahead: {error}", self.name, inode.ino);
-        }
+    }
+
+    fn read_piece_ahead(&self, inode: &Arc<Inode>, piece: Range<u64>) -> Result<()> {
+        let (_cached, made) = self.make_pages(inode, piece)?;
+        made.iter().for_each(|folio| folio.set_readahead());
+        self.start_fill(inode, &made)
     }
 
     /// Makes pages uptodate, with one bio per run on the disk. `folios` go by rising index.
@@ -219,6 +246,7 @@ impl Ext4 {
     ) -> Result<(Vec<Fill>, Vec<Bio>)> {
         let mut fills: Vec<Fill> = Vec::with_capacity(folios.len());
         let mut bios: Vec<Bio> = Vec::new();
+        let mut run = None;
         let readahead = flags.contains(BioFlags::RAHEAD);
         for folio in folios {
             // Readahead never waits for a page: who has it reads it.
@@ -227,7 +255,7 @@ impl Ext4 {
             if guard.is_uptodate() {
                 continue;
             }
-            for (range, block) in self.plan_page(inode, &mut guard)? {
+            for (range, block) in self.plan_page(inode, &mut guard, &mut run)? {
                 let vec = guard.bvec(range.start, range.len());
                 push_run(&mut bios, self.sector_of(block), vec, fills.len(), flags);
             }
@@ -237,18 +265,19 @@ impl Ext4 {
     }
 
     /// What of a page is to be read, and from where; the rest is zeroed, but for dirty blocks.
+    /// `run` is the run found last, for the next page; the pages are the caller's, so it holds.
     fn plan_page(
         &self,
         inode: &Inode,
         guard: &mut FolioWriteGuard,
-    ) -> Result<Vec<(std::ops::Range<usize>, uext_ondisk::FsBlock)>> {
+        run: &mut Option<(u32, Mapping)>,
+    ) -> Result<Places> {
         let block_size = self.block_size() as usize;
         let index = guard.folio().index();
         let size = inode.size();
         let dirty = guard.blocks().dirty;
         let in_log = self.journals_data(inode);
-        let mut reads: Vec<(std::ops::Range<usize>, uext_ondisk::FsBlock)> = Vec::new();
-        let mut run: Option<(u32, Mapping)> = None;
+        let mut reads = Places::new();
         for (at, start) in (0..PAGE_SIZE).step_by(block_size).enumerate() {
             if dirty & (1 << at) != 0 {
                 continue;
@@ -258,12 +287,14 @@ impl Ext4 {
             let logical = self.block_at(offset);
             let mut place = None;
             if offset < size {
-                let known = run.filter(|(first, run)| logical - first < run.len);
+                let known = run.filter(|(first, run)| {
+                    logical.checked_sub(*first).is_some_and(|skip| skip < run.len)
+                });
                 let (first, mapping) = match known {
                     Some(known) => known,
-                    None => (logical, self.map_lookup(inode, LogicalBlock(logical), 4)?),
+                    None => (logical, self.map_lookup(inode, LogicalBlock(logical), RUN)?),
                 };
-                run = Some((first, mapping));
+                *run = Some((first, mapping));
                 place = mapping.data().map(|start| start + u64::from(logical - first));
             }
             match (place, reads.last_mut()) {
@@ -285,7 +316,7 @@ impl Ext4 {
     /// Makes a locked page uptodate.
     fn fill_locked(&self, inode: &Inode, guard: &mut FolioWriteGuard) -> Result<()> {
         let mut bios = Vec::new();
-        for (range, block) in self.plan_page(inode, guard)? {
+        for (range, block) in self.plan_page(inode, guard, &mut None)? {
             let mut bio = Bio::new(BioOp::Read, BioFlags::SYNC, self.sector_of(block));
             bio.add_vec(guard.bvec(range.start, range.len()));
             bios.push(bio);
@@ -541,7 +572,7 @@ impl Ext4 {
     }
 
     /// The bits of a page's blocks that a byte range touches.
-    pub(crate) fn block_mask(&self, range: std::ops::Range<usize>) -> u8 {
+    pub(crate) fn block_mask(&self, range: Range<usize>) -> u8 {
         let block_size = self.block_size() as usize;
         (range.start / block_size..range.end.div_ceil(block_size))
             .fold(0, |mask, at| mask | 1 << at)
@@ -554,7 +585,7 @@ impl Ext4 {
     }
 
     /// Zeroes bytes of one block, if they are there.
-    pub(crate) fn zero_bytes(&self, inode: &Inode, bytes: std::ops::Range<u64>) -> Result<()> {
+    pub(crate) fn zero_bytes(&self, inode: &Inode, bytes: Range<u64>) -> Result<()> {
         if bytes.is_empty() {
             return Ok(());
         }

@@ -315,7 +315,7 @@ impl Ext4 {
                 mapping: AddressSpace::new(&self.cache, u64::from(ino.0), ops),
                 reserved: AtomicU64::new(0),
                 delayed: AtomicU64::new(0),
-                data: FileData::default(),
+                data: FileData::new(self.cache.readahead()),
                 used: AtomicBool::new(true),
                 deleted: AtomicBool::new(false),
                 sync_tid: AtomicU32::new(tid),

@@ -13,6 +13,7 @@
 //! and never held while memory is allocated or anything is waited for. Waiting for
 //! writeback happens on the tags' condition.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Weak};
@@ -202,6 +203,31 @@ impl AddressSpace {
         let frame = self.cache.alloc_frame(1, PAGE_SIZE, true, true);
         let fresh = Folio::new(index, frame, self.me.clone());
         self.insert(fresh)
+    }
+
+    /// The pages `indexes`, made when they are not cached, for who reads them from the disk: then
+    /// they are not uptodate, and what they hold until then is arbitrary. Waits as
+    /// [`AddressSpace::find_or_create`].
+    pub fn find_or_create_to_fill(&self, indexes: Range<u64>) -> Vec<Arc<Folio>> {
+        let count = usize::try_from(indexes.end - indexes.start).expect("pages that memory has");
+        let frames = self.cache.alloc_pages(count);
+        let fresh: Vec<_> = indexes
+            .zip(frames)
+            .map(|(index, frame)| Folio::new(index, frame, self.me.clone()))
+            .collect();
+        let mut pages = self.pages.write();
+        let folios = fresh.into_iter().map(|fresh| match pages.entry(fresh.index()) {
+            Entry::Occupied(there) => (there.get().clone(), Some(fresh)),
+            Entry::Vacant(place) => {
+                fresh.frame().map(self.mapping(fresh.index()));
+                (place.insert(fresh).clone(), None)
+            }
+        });
+        let (folios, unused): (Vec<_>, Vec<_>) = folios.unzip();
+        // The map is a leaf, and frames go back to the pool.
+        drop(pages);
+        drop(unused);
+        folios
     }
 
     /// Maps the page of another address space here too, for blocks that files share: one

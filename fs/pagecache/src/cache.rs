@@ -9,6 +9,7 @@ use uext_sync::{Mutex, RwLock};
 
 use crate::buffer_cache::BufferCache;
 use crate::frame::{Frame, FramePool, PAGE_SIZE};
+use crate::readahead::{self, ReadaheadState};
 use crate::reclaim::Backoff;
 use crate::writeback::{DirtyMappings, Flusher};
 
@@ -211,6 +212,11 @@ impl PageCache {
         self.me.clone()
     }
 
+    /// For a reader of one of its address spaces: windows that leave room for others.
+    pub fn readahead(&self) -> ReadaheadState {
+        ReadaheadState::new(readahead::MAX_PAGES.min(self.limit_pages() as u64 / 16))
+    }
+
     pub(crate) fn limit_pages(&self) -> usize {
         self.config.limit_bytes / PAGE_SIZE
     }
@@ -245,11 +251,21 @@ impl PageCache {
         zero: bool,
         may_wait: bool,
     ) -> Arc<Frame> {
+        self.charge(pages, may_wait);
+        self.pool.alloc(pages, piece, zero)
+    }
+
+    /// `count` frames of a page, as by [`PageCache::alloc_frame`]; contents arbitrary.
+    pub(crate) fn alloc_pages(&self, count: usize) -> Vec<Arc<Frame>> {
+        self.charge(count, true);
+        self.pool.alloc_many(count)
+    }
+
+    fn charge(&self, pages: usize, may_wait: bool) {
         self.pool.charge(pages);
         if self.pool.used() > self.limit_pages() {
             self.make_room(may_wait);
         }
-        self.pool.alloc(pages, piece, zero)
     }
 }
 

@@ -185,7 +185,7 @@ impl Folio {
     }
 
     /// Tells reclaim of a use.
-    pub(crate) fn touch(&self) {
+    pub fn touch(&self) {
         if self.has(READAHEAD) {
             self.clear(READAHEAD);
         } else {

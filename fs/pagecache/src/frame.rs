@@ -171,21 +171,46 @@ impl FramePool {
         let pieces = pages * PAGE_SIZE / piece;
         assert!(piece * pieces == pages * PAGE_SIZE && pieces <= MAX_PIECES, "pieces divide it");
         let (slab, first) = self.take_run(pages);
+        let frame = self.frame(slab, first, pages, piece);
+        if zero {
+            (0..pieces).for_each(|i| frame.write(i).fill(0));
+        }
+        frame
+    }
+
+    /// Frames of `count` charged pages, one each, that lie side by side where they can; contents
+    /// arbitrary.
+    pub(crate) fn alloc_many(self: &Arc<Self>, count: usize) -> Vec<Arc<Frame>> {
+        let mut frames = Vec::with_capacity(count);
+        while frames.len() < count {
+            let (slab, mut pages) = self.slabs.lock().take(count - frames.len());
+            while pages != 0 {
+                let first = pages.trailing_zeros() as usize;
+                pages &= pages - 1;
+                frames.push(self.frame(slab.clone(), first, 1, PAGE_SIZE));
+            }
+        }
+        frames
+    }
+
+    fn frame(
+        self: &Arc<Self>,
+        slab: Arc<Slab>,
+        first: usize,
+        pages: usize,
+        piece: usize,
+    ) -> Arc<Frame> {
         let slot = &slab.slots[first];
         slot.usage.store(0, Ordering::Relaxed);
         slot.pins.store(0, Ordering::Relaxed);
-        let frame = Arc::new(Frame {
+        Arc::new(Frame {
             pool: self.clone(),
             slab,
             first: first as u8,
             pages: pages as u8,
             piece: piece as u32,
             locks: [const { RawRwLock::INIT }; MAX_PIECES],
-        });
-        if zero {
-            (0..pieces).for_each(|i| frame.write(i).fill(0));
-        }
-        frame
+        })
     }
 
     fn take_run(&self, pages: usize) -> (Arc<Slab>, usize) {
@@ -195,14 +220,7 @@ impl FramePool {
             slab.find_run(pages).map(|first| (slab.clone(), first))
         });
         let (slab, first) = found.unwrap_or_else(|| (slabs.grow(), 0));
-        if slab.used.load(Ordering::Relaxed) == 0 {
-            slabs.empty -= 1;
-        }
-        let used = slab.used.fetch_or(run_mask(first, pages), Ordering::Relaxed);
-        slab.heads.fetch_or(1 << first, Ordering::Relaxed);
-        if used | run_mask(first, pages) == u64::MAX {
-            slabs.unlist(&slab);
-        }
+        slabs.mark_used(&slab, run_mask(first, pages), 1 << first);
         (slab, first)
     }
 
@@ -253,6 +271,32 @@ impl Slabs {
         self.partial.push(id);
         self.empty += 1;
         slab
+    }
+
+    /// Takes up to `most` free pages of one slab: one bit each.
+    fn take(&mut self, most: usize) -> (Arc<Slab>, u64) {
+        let found = self.partial.last().and_then(|&id| self.all[id].clone());
+        let slab = found.unwrap_or_else(|| self.grow());
+        let mut free = !slab.used.load(Ordering::Relaxed);
+        let mut pages = 0;
+        for _ in 0..most.min(free.count_ones() as usize) {
+            pages |= 1 << free.trailing_zeros();
+            free &= free - 1;
+        }
+        self.mark_used(&slab, pages, pages);
+        (slab, pages)
+    }
+
+    /// Takes free pages of a slab, some of which are the first of their frames.
+    fn mark_used(&mut self, slab: &Slab, pages: u64, heads: u64) {
+        let used = slab.used.fetch_or(pages, Ordering::Relaxed);
+        slab.heads.fetch_or(heads, Ordering::Relaxed);
+        if used == 0 {
+            self.empty -= 1;
+        }
+        if used | pages == u64::MAX {
+            self.unlist(slab);
+        }
     }
 
     fn unlist(&mut self, slab: &Slab) {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use common::{Allocator, Inode, SlowDevice, eventually, quiet_cache, small_cache};
 use uext_blockdev::{BlockDevice, MemoryDevice};
 use uext_pagecache::{
-    AddressSpace, AddressSpaceOps, Buffer, BufferCache, CacheConfig, Change, ChangeListener,
+    AddressSpace, AddressSpaceOps, Buffer, BufferCache, CacheConfig, Change, ChangeListener, Folio,
     PAGE_SIZE, PageCache, WritebackControl, WritebackError,
 };
 use uext_sync::Mutex;
@@ -36,6 +36,26 @@ fn a_new_page_is_zeroed_not_uptodate_and_found_again() {
     assert!(!folio.is_uptodate() && folio.read().iter().all(|&b| b == 0));
     assert!(Arc::ptr_eq(&folio, &mapping.find(7).unwrap()));
     assert_eq!((folio.index(), mapping.nr_pages()), (7, 1));
+}
+
+#[test]
+fn pages_to_fill_are_those_cached_and_new_ones_side_by_side() {
+    let cache = quiet_cache(MIB);
+    let inode = inode(&cache);
+    let mapping = inode.mapping();
+    let there = mapping.find_or_create(5);
+    let folios = mapping.find_or_create_to_fill(0..40);
+    let indexes: Vec<u64> = folios.iter().map(|folio| folio.index()).collect();
+    assert_eq!(indexes, (0..40).collect::<Vec<_>>());
+    assert!(Arc::ptr_eq(&folios[5], &there));
+    assert!(folios.iter().all(|folio| Arc::ptr_eq(folio, &mapping.find(folio.index()).unwrap())));
+    assert!(folios.iter().all(|folio| !folio.is_uptodate() && folio.is_attached()));
+    assert_eq!(cache.stats().used_bytes, 40 * PAGE_SIZE, "what was not needed went back");
+    // To the device they are few pieces: one but for the page that was there, and its like.
+    let start = |folio: &Arc<Folio>| folio.write().bvec(0, PAGE_SIZE).as_ptr().addr();
+    let breaks = folios.windows(2).filter(|two| start(&two[0]) + PAGE_SIZE != start(&two[1]));
+    assert!(breaks.count() <= 3);
+    assert!(mapping.find_or_create_to_fill(7..7).is_empty());
 }
 
 #[test]
