@@ -101,6 +101,9 @@ pub(crate) struct Inode {
     /// Used since the cache last looked for what it can do without.
     /// WHY-RELAXED: it says which inode to drop first, no more.
     pub used: AtomicBool,
+    /// Kept for its pages, and not counted with those that are too many.
+    /// WHY-RELAXED: changed under the lock of the cache's shard.
+    pub spared: AtomicBool,
     /// The number was given back: whoever comes late to delete it finds it done [rwsem].
     /// WHY-RELAXED: the swap alone decides who deletes; what deleting needs is under rwsem.
     pub deleted: AtomicBool,
@@ -317,6 +320,7 @@ impl Ext4 {
                 delayed: AtomicU64::new(0),
                 data: FileData::new(self.cache.readahead()),
                 used: AtomicBool::new(true),
+                spared: AtomicBool::new(false),
                 deleted: AtomicBool::new(false),
                 sync_tid: AtomicU32::new(tid),
                 datasync_tid: AtomicU32::new(tid),

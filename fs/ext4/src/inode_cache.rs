@@ -3,7 +3,9 @@
 //! A front end may know many more inodes than are worth keeping: the kernel forgets one
 //! only when it needs the memory. So lookups are counted apart from the inodes, and an
 //! inode that nobody uses at the moment is dropped when there are too many, known to a
-//! front end or not; it is read again from its table block when it is asked for.
+//! front end or not; it is read again from its table block when it is asked for. Its pages
+//! go with it, so one that has many stays, above the bound: it takes little beside them, and
+//! the page cache decides how long they are worth keeping.
 //!
 //! Invariants:
 //! - One [`Inode`] per number at a time: while anybody has its `Arc` it stays.
@@ -28,6 +30,8 @@ use crate::lookups::{Lookups, ROW};
 const SHARDS: usize = 16;
 /// Inodes dropped at a time.
 const BATCH: usize = 64;
+/// An inode with so many pages stays: it takes less than a hundredth of their memory.
+const MANY_PAGES: usize = 64;
 
 #[derive(Default)]
 struct Shard {
@@ -46,6 +50,9 @@ pub(crate) struct InodeCache {
     /// Inodes in all shards.
     /// WHY-RELAXED: it decides when to look for victims; the shards' locks decide the rest.
     len: AtomicUsize,
+    /// Those of them that are spared.
+    /// WHY-RELAXED: as `len`.
+    spared: AtomicUsize,
 }
 
 impl InodeCache {
@@ -56,6 +63,7 @@ impl InodeCache {
             order: Mutex::default(),
             max_inodes,
             len: AtomicUsize::new(0),
+            spared: AtomicUsize::new(0),
         }
     }
 
@@ -82,7 +90,11 @@ impl InodeCache {
 
     /// Puts a new inode in, in place of whatever had its number.
     pub fn insert(&self, inode: &Arc<Inode>) {
-        let before = self.shard(inode.ino).lock().inodes.insert(inode.ino, inode.clone());
+        let before = {
+            let mut shard = self.shard(inode.ino).lock();
+            let before = shard.inodes.insert(inode.ino, inode.clone());
+            before.inspect(|before| self.spare(before, false))
+        };
         if before.is_none() {
             self.came(inode.ino);
         }
@@ -150,6 +162,7 @@ impl InodeCache {
         let mut shard = self.shard(inode.ino).lock();
         if shard.inodes.get(&inode.ino).is_some_and(|cached| Arc::ptr_eq(cached, inode)) {
             shard.inodes.remove(&inode.ino);
+            self.spare(inode, false);
             self.len.fetch_sub(1, Ordering::Relaxed);
         }
     }
@@ -168,7 +181,8 @@ impl InodeCache {
 
     /// Inodes to drop when there are too many: the oldest that were not used lately.
     pub fn victims(&self) -> Vec<Arc<Inode>> {
-        let excess = self.len.load(Ordering::Relaxed).saturating_sub(self.max_inodes).min(BATCH);
+        let bound = self.max_inodes + self.spared.load(Ordering::Relaxed);
+        let excess = self.len.load(Ordering::Relaxed).saturating_sub(bound).min(BATCH);
         let mut victims = Vec::new();
         if excess == 0 {
             return victims;
@@ -176,9 +190,14 @@ impl InodeCache {
         let mut order = self.order.lock();
         for _ in 0..4 * BATCH {
             let Some(ino) = order.pop_front() else { break };
-            let inode = self.shard(ino).lock().inodes.get(&ino).cloned();
-            let Some(inode) = inode else { continue };
-            if inode.used.swap(false, Ordering::Relaxed) {
+            let (inode, spare) = {
+                let shard = self.shard(ino).lock();
+                let Some(inode) = shard.inodes.get(&ino) else { continue };
+                let spare = inode.mapping.nr_pages() >= MANY_PAGES;
+                self.spare(inode, spare);
+                (inode.clone(), spare)
+            };
+            if inode.used.swap(false, Ordering::Relaxed) || spare {
                 order.push_back(ino);
             } else {
                 victims.push(inode);
@@ -188,6 +207,15 @@ impl InodeCache {
             }
         }
         victims
+    }
+
+    /// Counts an inode as spared or not. Called under its shard's lock.
+    fn spare(&self, inode: &Inode, spare: bool) {
+        match (inode.spared.swap(spare, Ordering::Relaxed), spare) {
+            (false, true) => drop(self.spared.fetch_add(1, Ordering::Relaxed)),
+            (true, false) => drop(self.spared.fetch_sub(1, Ordering::Relaxed)),
+            _ => {}
+        }
     }
 
     /// Drops a victim that nobody uses and that has nothing the disk doesn't have; any
@@ -202,6 +230,7 @@ impl InodeCache {
             // The cache's own and the caller's; nobody gets another without the shard's lock.
             if Arc::strong_count(inode) == 2 && inode.is_all_on_disk() {
                 shard.inodes.remove(&inode.ino);
+                self.spare(inode, false);
                 self.len.fetch_sub(1, Ordering::Relaxed);
                 return;
             }
@@ -233,5 +262,66 @@ impl Inode {
             && self.reserved.load(Ordering::Relaxed) == 0
             && self.delayed.load(Ordering::Relaxed) == 0
             && self.mapping.errseq().check(ErrSeqMark::default()).is_ok()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::process::Command;
+
+    use uext_blockdev::MemoryDevice;
+    use uext_vfs::{Context, FileHandle, FileSystem as _, ReadReply, WriteFlags};
+
+    use super::*;
+    use crate::{Ext4, MountOptions};
+
+    /// A large file lost all its cached pages to a walk over many small ones.
+    #[test]
+    fn an_inode_with_many_pages_stays_as_long_as_it_has_them() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(64 << 20).unwrap();
+        let args = ["-q", "-F", "-t", "ext4", "-b", "4096", "-N", "16384"];
+        assert!(Command::new("mke2fs").args(args).arg(file.path()).status().unwrap().success());
+        let device = MemoryDevice::from_vec(std::fs::read(file.path()).unwrap());
+        let options = MountOptions { cache_bytes: Some(8 << 20), ..MountOptions::default() };
+        let fs = Ext4::mount(device, "test", &options).unwrap();
+        let root = Context { uid: 0, gid: 0, pid: 1, umask: 0 };
+        let make = |name: &str, pages: usize| {
+            let made = fs.mknod(&root, fs.root(), name.as_bytes(), 0o100_644, 0).unwrap().attr;
+            let data = vec![7; pages * 4096];
+            let (fh, flags) = (FileHandle(0), WriteFlags::empty());
+            assert_eq!(fs.write(&root, made.ino, fh, 0, &data, flags), Ok(data.len()));
+            fs.fsync(&root, made.ino, fh, false).unwrap();
+            // A large write has left nothing in the cache.
+            fs.read(&root, made.ino, fh, 0, data.len(), &mut ReadReply::new()).unwrap();
+            fs.forget(made.ino, 1);
+            InodeNumber(u32::try_from(made.ino).unwrap())
+        };
+        let make_many = |of: &str| {
+            for n in 0..3 * fs.inodes.max_inodes {
+                let name = format!("{of}{n}");
+                let made = fs.mknod(&root, fs.root(), name.as_bytes(), 0o100_644, 0).unwrap();
+                fs.forget(made.attr.ino, 1);
+            }
+            fs.sync().unwrap();
+            // Times and sizes are on the disk now, so these can go.
+            for n in 0..3 * fs.inodes.max_inodes {
+                fs.lookup(&root, fs.root(), format!("{of}{n}").as_bytes()).unwrap();
+                fs.shrink_inodes();
+            }
+        };
+        let (small, large) = (make("small", 1), make("large", MANY_PAGES));
+        make_many("a");
+        assert!(!fs.inodes.is_cached(small), "it had its turn");
+        let inode = fs.inodes.find(large).expect("it stays");
+        assert!(fs.inodes.len.load(Ordering::Relaxed) <= fs.inodes.max_inodes + 1 + BATCH);
+        assert_eq!(fs.inodes.spared.load(Ordering::Relaxed), 1);
+        inode.mapping.invalidate(0..MANY_PAGES as u64);
+        drop(inode);
+        make_many("b");
+        assert!(!fs.inodes.is_cached(large), "nothing keeps it");
+        assert_eq!(fs.inodes.spared.load(Ordering::Relaxed), 0);
+        fs.unmount().unwrap();
     }
 }
