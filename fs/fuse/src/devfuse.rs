@@ -269,11 +269,13 @@ fn serve_one(
             // Until the request has been served.
             let away = Cell::new(None);
             let early = |body: &[u8]| {
+                let Some(goes) = stand_ins.away() else { return false };
                 // Who asked may be gone, and then nobody waits for it.
                 if let Err(error) = write_reply(device, unique, 0, &[IoSlice::new(body)]) {
                     log::debug!("an early reply was refused: {error}");
                 }
-                away.set(Some(stand_ins.away()));
+                away.set(Some(goes));
+                true
             };
             let request = Request { early: Some(&early), ..request };
             let mut out = ReplyBuf::new(&mut buffers.reply[REPLY_PREFIX..]);

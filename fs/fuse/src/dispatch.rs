@@ -550,8 +550,7 @@ impl Dispatcher {
         let mut accepted = false;
         let mut accept = |written: usize| {
             if let Ok(body) = reply(written) {
-                early(body.as_bytes());
-                accepted = true;
+                accepted = early(body.as_bytes());
             }
         };
         let written = self.fs.write_accepted(&req.context(), &write, &mut accept);

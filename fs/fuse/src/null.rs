@@ -388,6 +388,11 @@ impl NullFs {
         self.fsyncs.state.lock().waiting
     }
 
+    /// How many writes wait; for tests.
+    pub fn held_writes(&self) -> usize {
+        self.writes.state.lock().waiting
+    }
+
     /// Inodes in memory and their lookups in all, the root left out; for tests.
     pub fn counted(&self) -> (usize, u64) {
         let state = self.state.read();

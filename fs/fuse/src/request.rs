@@ -12,7 +12,7 @@ pub(crate) const NAME_MAX: usize = 255;
 const XATTR_NAME_MAX: usize = 255;
 
 /// Sends a reply's body before the request has been served.
-pub type EarlyReply<'a> = dyn Fn(&[u8]) + 'a;
+pub type EarlyReply<'a> = dyn Fn(&[u8]) -> bool + 'a;
 
 /// A request, cut at its boundaries.
 pub struct Request<'a> {
@@ -22,8 +22,9 @@ pub struct Request<'a> {
     pub args: &'a [u8],
     /// Names or data.
     pub payload: &'a [u8],
-    /// Sends a reply with this body at once, where the transport lends the payload for longer.
-    /// The answer is [`Answer::None`](crate::reply::Answer::None) then.
+    /// Sends a reply with this body at once, where the transport lends the payload for longer, and
+    /// says whether it did: not when too many work on behind theirs. If it did, the answer is
+    /// [`Answer::None`](crate::reply::Answer::None).
     pub early: Option<&'a EarlyReply<'a>>,
 }
 

@@ -38,7 +38,7 @@ use crate::mounted_fs::Reopen;
 use crate::notify::Notifier;
 use crate::place::Place;
 use crate::spin::Spin;
-use crate::stand_in::StandIns;
+use crate::stand_in::{self, StandIns};
 use crate::sys::{self, FsContext, MountAttr};
 use crate::uring::{self, Rings};
 
@@ -433,7 +433,7 @@ impl Workers {
         let spin = Arc::new(Spin::new(config.spin));
         let never = Arc::new(Spin::new(Duration::ZERO));
         let count = config.worker_count();
-        for index in 0..2 * count {
+        for index in 0..(1 + stand_in::EACH) * count {
             let fuse = if index == 0 { device.clone() } else { clone_device(device) };
             let (role, spin) =
                 if index < count { (Role::Serves, &spin) } else { (Role::StandsIn, &never) };
@@ -591,7 +591,7 @@ impl Control {
     fn new(config: &Config) -> Self {
         Self {
             awake: Awake::new(config.cpu_latency),
-            stand_ins: StandIns::default(),
+            stand_ins: StandIns::new(config.worker_count()),
             stop: AtomicBool::new(false),
             workers: Mutex::default(),
         }

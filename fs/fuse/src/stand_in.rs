@@ -2,16 +2,22 @@
 //!
 //! A large write is answered before the disk has it, so whoever wrote sends the next at once;
 //! that one waits for the first, and two workers are gone for one writer. So for each worker
-//! that has answered and is not back a stand-in takes a request: nobody else waits for the disk.
-//! It ends with one request, be it that one which it waited for when the worker was back.
+//! that has answered and is not back two stand-ins take requests: nobody else waits for the disk.
+//! Each ends with one request, be it that one which it waited for when the worker was back.
+//! No more than so many may be away: the next large write is answered when it is done, and so
+//! holds up one worker, not two.
 //!
 //! Locks: `state`, a leaf.
 
 use uext_sync::{Condvar, Mutex};
 
+/// Stand-ins for each who is away: one may be held up by the writer's next request.
+pub(crate) const EACH: usize = 2;
+
 /// Who is away, and who stands in.
-#[derive(Default)]
 pub(crate) struct StandIns {
+    /// How many may be away at once.
+    most: usize,
     state: Mutex<State>,
     /// More are away than stand in, or it is over.
     wanted: Condvar,
@@ -27,21 +33,29 @@ struct State {
 }
 
 impl StandIns {
-    /// The calling thread has answered its request and works on, until what this gives is
-    /// dropped.
-    pub fn away(&self) -> Away<'_> {
+    /// So many may be away at once.
+    pub fn new(most: usize) -> Self {
+        Self { most, state: Mutex::default(), wanted: Condvar::new() }
+    }
+
+    /// The calling thread answers its request and works on, until what this gives is dropped;
+    /// nothing when too many are away.
+    pub fn away(&self) -> Option<Away<'_>> {
         let mut state = self.state.lock();
+        if state.away >= self.most {
+            return None;
+        }
         state.away += 1;
-        if state.away > state.standing {
+        for _ in state.standing..EACH * state.away {
             self.wanted.notify_one();
         }
-        Away(self)
+        Some(Away(self))
     }
 
     /// Waits until one is wanted, who then takes one request; `None` when it is over.
     pub fn stand(&self) -> Option<Standing<'_>> {
         let mut state = self.state.lock();
-        while !state.closed && state.away <= state.standing {
+        while !state.closed && EACH * state.away <= state.standing {
             self.wanted.wait(&mut state);
         }
         if state.closed {
@@ -86,11 +100,11 @@ mod tests {
     const LONG: Duration = Duration::from_secs(30);
 
     #[test]
-    fn one_stands_for_each_who_is_away_and_all_go_at_the_end() {
-        let stand_ins = StandIns::default();
+    fn two_stand_for_each_who_is_away_and_all_go_at_the_end() {
+        let stand_ins = StandIns::new(2);
         let (send, recv) = channel();
         std::thread::scope(|scope| {
-            for _ in 0..3 {
+            for _ in 0..5 {
                 let (send, stand_ins) = (send.clone(), &stand_ins);
                 scope.spawn(move || {
                     while let Some(standing) = stand_ins.stand() {
@@ -100,17 +114,18 @@ mod tests {
                 });
             }
             assert!(recv.recv_timeout(A_WHILE).is_err(), "nobody is away");
-            let (first, second) = (stand_ins.away(), stand_ins.away());
-            let standing = [(); 2].map(|()| recv.recv_timeout(LONG).unwrap().unwrap());
+            let [first, second] = [(); 2].map(|()| stand_ins.away().unwrap());
+            assert!(stand_ins.away().is_none(), "two are away");
+            let standing = [(); 2 * EACH].map(|()| recv.recv_timeout(LONG).unwrap().unwrap());
             assert!(recv.recv_timeout(A_WHILE).is_err(), "two are away");
             drop((first, second));
             drop(standing);
             assert!(recv.recv_timeout(A_WHILE).is_err(), "both are back");
-            let third = stand_ins.away();
-            let _standing = recv.recv_timeout(LONG).unwrap().unwrap();
+            let third = stand_ins.away().unwrap();
+            let _standing = [(); EACH].map(|()| recv.recv_timeout(LONG).unwrap().unwrap());
             drop(third);
             stand_ins.close();
-            for _ in 0..3 {
+            for _ in 0..5 {
                 assert!(recv.recv_timeout(LONG).unwrap().is_none());
             }
         });

@@ -7,6 +7,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -603,15 +604,26 @@ fn answers_before_the_end_leave_workers_for_others() {
     }
     let Some(mount) = mount(&Kind::Block, &config) else { return };
     let file = File::create(mount.dir.join("written")).unwrap();
-    for round in 0..3 {
-        mount.fs.hold_writes(true);
-        file.write_all_at(b"answered", round * 8).unwrap();
-        // With one worker, which is away: its stand-in serves these one by one.
-        mount.sh(&format!("for n in 0 1 2 3 4 5; do : > {round}-$n; stat {round}-$n; done"));
+    let other = File::create(mount.dir.join("other")).unwrap();
+    mount.fs.hold_writes(true);
+    file.write_all_at(b"answered", 0).unwrap();
+    let waits = std::thread::scope(|scope| {
+        // One worker is away, so a second write is answered when it is done.
+        let second = scope.spawn(|| other.write_all_at(b"later", 0).unwrap());
+        while mount.fs.held_writes() < 2 && !second.is_finished() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // The stand-ins serve these.
+        let script = "for n in 0 1 2 3 4 5; do : > $n; stat $n; done";
+        let served = catch_unwind(AssertUnwindSafe(|| mount.sh(script)));
+        let waits = !second.is_finished();
         mount.fs.hold_writes(false);
-        file.sync_all().unwrap();
-    }
-    assert_eq!(mount.sh("cat written"), "answered".repeat(3));
-    drop(file);
+        served.unwrap();
+        waits
+    });
+    assert!(waits, "two were answered early");
+    file.sync_all().unwrap();
+    assert_eq!(mount.sh("cat written other"), "answeredlater");
+    drop((file, other));
     mount.umount();
 }
