@@ -103,7 +103,7 @@ impl TestMount {
     }
 
     fn umount(self) {
-        umount2(&self.dir, MntFlags::empty()).unwrap();
+        unmount(&self.dir);
         self.end().unwrap();
     }
 
@@ -115,6 +115,19 @@ impl TestMount {
         let errors = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{script}\n{text}\n{errors}");
         text
+    }
+}
+
+/// A child that another test is starting has our files open until it gets to its exec.
+fn unmount(dir: &Path) {
+    let end = Instant::now() + Duration::from_secs(20);
+    loop {
+        match umount2(dir, MntFlags::empty()) {
+            Err(nix::Error::EBUSY) if Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            result => return result.unwrap(),
+        }
     }
 }
 
@@ -221,7 +234,7 @@ fn the_usual_programs_work_with_writeback_and_without_caching() {
 #[test]
 fn umount_of_a_block_mount_returns_after_the_filesystem_has_unmounted() {
     let Some(mount) = mount(&Kind::Block, &Config::default()) else { return };
-    umount2(&mount.dir, MntFlags::empty()).unwrap();
+    unmount(&mount.dir);
     assert_eq!(mount.fs.unmounts(), 1);
     let fs = mount.fs.clone();
     mount.end().unwrap();
@@ -279,7 +292,7 @@ fn a_session_that_ends_late_leaves_the_next_mount_in_its_place() {
         };
         let mounted = || mount_table::mount_at(&dir).unwrap().is_some();
         let first = serve();
-        umount2(&dir, MntFlags::empty()).unwrap();
+        unmount(&dir);
         let second = serve();
         let same_number = second.device() == first.device();
         first.stopper().stop();
