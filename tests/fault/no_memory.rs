@@ -1,5 +1,5 @@
 //! Writeback without memory: once armed, every allocation of the process is counted by where it
-//! was asked for, while dirty data, delayed allocation, commit and checkpoint go to the disk.
+//! was asked for (a large `AlignedBuf` by the `Arc` or slab around it, since it is a mapping), while dirty data, delayed allocation, commit and checkpoint go to the disk.
 //!
 //! This binary has one test, so that no other allocates meanwhile. What is counted is printed per
 //! place. Nothing may be but by the writes of the journal's superblock, whether fsync(2) or the

@@ -92,8 +92,8 @@ impl Flight {
         let fua = bio.flags().contains(BioFlags::FUA);
         let rwf = if fua { libc::RWF_DSYNC } else { 0 };
         let entry = match self.iovecs() {
-            // One piece, the usual case, needs no array for the kernel to copy. Its length
-            // is that of a bvec, 32 bits.
+            // One piece, the usual case, needs no array for the kernel to copy. It is no longer
+            // than the bio, and that than `max_bytes`, 32 bits.
             &[libc::iovec { iov_base, iov_len }] => {
                 let (ptr, len) = (iov_base.cast::<u8>(), iov_len as u32);
                 if read {

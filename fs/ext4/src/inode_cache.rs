@@ -268,22 +268,16 @@ impl Inode {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::process::Command;
-
-    use uext_blockdev::MemoryDevice;
     use uext_vfs::{Context, FileHandle, FileSystem as _, ReadReply, WriteFlags};
 
     use super::*;
+    use crate::test_image::mke2fs;
     use crate::{Ext4, MountOptions};
 
     /// A large file lost all its cached pages to a walk over many small ones.
     #[test]
     fn an_inode_with_many_pages_stays_as_long_as_it_has_them() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(64 << 20).unwrap();
-        let args = ["-q", "-F", "-t", "ext4", "-b", "4096", "-N", "16384"];
-        assert!(Command::new("mke2fs").args(args).arg(file.path()).status().unwrap().success());
-        let device = MemoryDevice::from_vec(std::fs::read(file.path()).unwrap());
+        let device = mke2fs(64, &["-t", "ext4", "-b", "4096", "-N", "16384"]);
         let options = MountOptions { cache_bytes: Some(8 << 20), ..MountOptions::default() };
         let fs = Ext4::mount(device, "test", &options).unwrap();
         let root = Context { uid: 0, gid: 0, pid: 1, umask: 0 };

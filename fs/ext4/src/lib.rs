@@ -83,6 +83,8 @@ mod shift;
 mod super_source;
 mod symlink;
 mod system_zone;
+#[cfg(test)]
+mod test_image;
 mod trim;
 mod truncate;
 mod vfs_impl;

@@ -74,23 +74,17 @@ impl Ext4 {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::process::Command;
     use std::sync::Arc;
 
-    use uext_blockdev::MemoryDevice;
     use uext_vfs::FileSystem as _;
 
     use super::*;
     use crate::MountOptions;
+    use crate::test_image::mke2fs;
 
     /// 256 groups of 256 blocks, of which the least cache keeps 64 bitmaps.
     fn mount() -> Arc<Ext4> {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(64 << 20).unwrap();
-        let args = ["-q", "-F", "-t", "ext4", "-b", "1024", "-g", "256", "-O", "^resize_inode"];
-        let made = Command::new("mke2fs").args(args).arg(file.path()).status().unwrap();
-        assert!(made.success());
-        let device = MemoryDevice::from_vec(std::fs::read(file.path()).unwrap());
+        let device = mke2fs(64, &["-t", "ext4", "-b", "1024", "-g", "256", "-O", "^resize_inode"]);
         let options = MountOptions { cache_bytes: Some(4 << 20), ..MountOptions::default() };
         Ext4::mount(device, "test", &options).unwrap()
     }

@@ -241,20 +241,16 @@ impl Ext4 {
 mod tests {
     use std::process::Command;
 
-    use uext_blockdev::MemoryDevice;
     use uext_vfs::{Context, FileHandle, FileSystem as _, ReadReply, WriteFlags};
 
     use super::*;
     use crate::MountOptions;
+    use crate::test_image::mke2fs;
 
     /// What lies behind the gap went to the blocks before it.
     #[test]
     fn blocks_that_lost_their_reservation_have_nothing_written() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(16 << 20).unwrap();
-        let args = ["-q", "-F", "-t", "ext4", "-b", "4096"];
-        assert!(Command::new("mke2fs").args(args).arg(file.path()).status().unwrap().success());
-        let device = MemoryDevice::from_vec(std::fs::read(file.path()).unwrap());
+        let device = mke2fs(16, &["-t", "ext4", "-b", "4096"]);
         let fs = Ext4::mount(device.clone(), "test", &MountOptions::default()).unwrap();
         let root = Context { uid: 0, gid: 0, pid: 1, umask: 0 };
         let made = fs.mknod(&root, fs.root(), b"file", 0o100_644, 0).unwrap().attr;
@@ -280,6 +276,7 @@ mod tests {
         assert!(reply.to_vec() == old, "it was written");
         fs.drop_delayed(&inode, 0, blocks);
         fs.unmount().unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), device.snapshot()).unwrap();
         assert!(Command::new("e2fsck").arg("-fn").arg(file.path()).status().unwrap().success());
     }

@@ -10,7 +10,7 @@ use modes_common::*;
 use uext_blockdev::dm::flakey::{Action, Ops, Rule, When};
 use uext_blockdev::{BlkStatus, MemoryDevice};
 use uext_ext4::{DataMode, ErrorsPolicy, Ext4, MountOptions};
-use uext_vfs::{Errno, FileSystem, WriteFlags};
+use uext_vfs::{Errno, FileSystem, ReadReply, WriteFlags};
 
 const EXT4: &[&str] = &["-t", "ext4", "-b", "4096", "-J", "size=4"];
 const MODES: [Option<DataMode>; 3] =
@@ -108,6 +108,37 @@ fn a_data_error_is_told_once_and_the_page_is_written_again() {
         assert!(seen == [2; 5000], "told of success without it");
         disk.check();
     }
+}
+
+/// Pages that are about to be read have what their memory held before, which may be somebody
+/// else's; when the read fails nothing may build on that.
+#[test]
+fn a_failed_read_leaves_nothing_of_other_files_to_be_read_or_written() {
+    let disk = Disk::new(image(16, EXT4, &[]), &options(None));
+    let (len, other) = (300_001, vec![9; 1 << 20]);
+    let [made, secret] = ["file", "secret"].map(|name| disk.create(name));
+    // Large writes leave nothing in the cache; what is read does, until its file is gone.
+    disk.write(made, 0, &vec![3; len]).unwrap();
+    disk.write(secret, 0, &other).unwrap();
+    disk.fs.sync().unwrap();
+    assert!(read(&disk.fs, secret) == other);
+    disk.unlink("secret");
+    disk.fail(Ops::READ, When::From(1));
+    let mut reply = ReadReply::new();
+    assert_eq!(disk.fs.read(&ROOT, made, FH, 0, 1 << 17, &mut reply), Err(Errno::EIO));
+    assert!(reply.is_empty());
+    assert_eq!(disk.write(made, 100, b"x"), Err(Errno::EIO), "a part of a page");
+    disk.write(made, 8192, &[5; 4096]).unwrap();
+    disk.flakey.clear();
+    disk.truncate(made, len as u64 + 10_000);
+    let mut expected = vec![3; len];
+    expected[8192..12_288].fill(5);
+    expected.resize(len + 10_000, 0);
+    assert!(read(&disk.fs, made) == expected);
+    disk.fsync(made);
+    let seen = recovered(disk.power_cut(), |fs| read(fs, ino(fs, "file")));
+    assert!(seen == expected);
+    disk.check();
 }
 
 #[test]

@@ -19,7 +19,7 @@ pub(crate) struct StandIns {
     /// How many may be away at once.
     most: usize,
     state: Mutex<State>,
-    /// More are away than stand in, or it is over.
+    /// Too few stand in for those who are away, or it is over.
     wanted: Condvar,
 }
 
