@@ -22,6 +22,7 @@ use crate::errors::earlier_errors;
 use crate::fs::Ext4;
 use crate::gate::{self, MountError};
 use crate::groups::Groups;
+use crate::inode::Inode;
 use crate::inode_cache::InodeCache;
 use crate::journal_data;
 use crate::journal_inode::journal_map;
@@ -240,6 +241,7 @@ impl Ext4 {
         let inodes = self.inodes.all();
         let mut first_error = self.write_small_files(&inodes).err();
         for inode in inodes {
+            self.wait_for_deletion(&inode);
             let written = self.flush_data(&inode).and_then(|()| self.write_lazy(&inode));
             if let Err(error) = written {
                 self.report(Some(inode.ino), &error);
@@ -253,6 +255,14 @@ impl Ext4 {
         }
         self.barrier()?;
         first_error.map_or(Ok(()), Err)
+    }
+
+    /// Waits for a deletion that has begun: a file goes after its unlink has returned, when the
+    /// kernel forgets it, and who syncs takes it to be gone.
+    fn wait_for_deletion(&self, inode: &Inode) {
+        if inode.core.lock().nlink == 0 && self.inodes.lookups(inode.ino) == 0 {
+            drop(inode.rwsem.read());
+        }
     }
 
     /// Makes a live mount read-only, with a clean image, or writable again, and sets when access

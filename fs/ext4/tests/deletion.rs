@@ -9,7 +9,7 @@ use std::time::Duration;
 use modes_common::{FH, ROOT, fsck, image, ino, options};
 use uext_blockdev::{Bio, BioOp, BlkResult, BlockDevice, MemoryDevice, QueueLimits};
 use uext_ext4::Ext4;
-use uext_vfs::{FileSystem, WriteFlags};
+use uext_vfs::{FileSystem, Ino, WriteFlags};
 
 /// A disk that takes its time over each read.
 struct Slow(Arc<MemoryDevice>);
@@ -38,10 +38,8 @@ impl BlockDevice for Slow {
     }
 }
 
-/// The kernel's last forget deletes the file, and its goodbye may come to another worker
-/// meanwhile.
-#[test]
-fn an_unmount_waits_for_a_deletion_that_has_begun() {
+/// A disk with a file that takes long to delete, mounted, and the file, which is unlinked.
+fn slow_deletion() -> (Arc<MemoryDevice>, Arc<Ext4>, Ino) {
     // Each of these blocks of data has an indirect block of its own.
     const BLOCKS: u64 = 400;
     const STEP: u64 = 256 << 10;
@@ -58,11 +56,35 @@ fn an_unmount_waits_for_a_deletion_that_has_begun() {
     let fs = Ext4::mount(slow, "test", &options(None)).unwrap();
     let file = ino(&fs, "file");
     fs.unlink(&ROOT, fs.root(), b"file").unwrap();
+    (memory, fs, file)
+}
+
+/// The kernel's last forget deletes the file, and its goodbye may come to another worker
+/// meanwhile.
+#[test]
+fn an_unmount_waits_for_a_deletion_that_has_begun() {
+    let (memory, fs, file) = slow_deletion();
     std::thread::scope(|scope| {
         let deletion = scope.spawn(|| fs.forget(file, 1));
         std::thread::sleep(Duration::from_millis(50));
         assert!(!deletion.is_finished(), "there is nothing to wait for");
         fs.unmount().unwrap();
     });
+    fsck(&memory.snapshot());
+}
+
+/// `rm file; sync; fstrim` found the file's blocks in use.
+#[test]
+fn a_sync_waits_for_a_deletion_that_has_begun() {
+    let (memory, fs, file) = slow_deletion();
+    let before = fs.statfs(&ROOT).unwrap().bfree;
+    std::thread::scope(|scope| {
+        let deletion = scope.spawn(|| fs.forget(file, 1));
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!deletion.is_finished(), "there is nothing to wait for");
+        fs.sync().unwrap();
+        assert!(fs.statfs(&ROOT).unwrap().bfree >= before + 2 * 400, "it is not gone");
+    });
+    fs.unmount().unwrap();
     fsck(&memory.snapshot());
 }
