@@ -21,11 +21,12 @@ use zerocopy::IntoBytes;
 
 use crate::PAGE_SIZE;
 use crate::abi::{self, InHeader, Opcode, OutHeader};
+use crate::alone::{Alone, Lonely};
 use crate::dispatch::Dispatcher;
 use crate::reply::{Answer, ReplyBuf};
-use crate::request::Request;
+use crate::request::{self, Request};
 use crate::session::Control;
-use crate::spin::{Luck, Spin};
+use crate::spin::{Look, Spin};
 use crate::splice::{self, ReplyPipe};
 use crate::stand_in::StandIns;
 use crate::sys;
@@ -108,8 +109,8 @@ pub(crate) struct Served<'a> {
     pub(crate) lazily: bool,
     /// Large replies are spliced.
     pub(crate) splice: bool,
-    /// How to look for the next request before sleeping.
-    pub(crate) spin: &'a Spin,
+    /// How long the worker looks for the next request before it sleeps: one of a mount may.
+    pub(crate) spin: Duration,
 }
 
 /// How long what comes lazily may wait.
@@ -118,10 +119,9 @@ const LAZY: Duration = Duration::from_millis(10);
 /// What a worker has of its own.
 struct Worker<'a> {
     device: &'a File,
-    /// Reads from it don't wait; for who looks for requests.
-    quick: Option<File>,
+    /// For who looks for requests.
+    looking: Option<Looking>,
     buffers: Buffers,
-    luck: Luck,
     slept: bool,
     served: bool,
 }
@@ -134,10 +134,52 @@ impl<'a> Worker<'a> {
             buffers.pipe = pipe.ok();
         }
         // What was read from one descriptor is answered there.
-        let wants_quick = served.spin.is_on() && !served.lazily;
+        let wants_quick = served.spin > Duration::ZERO && !served.lazily;
         let quick = if wants_quick { nonblocking_clone(device) } else { None };
+        let looking = quick.map(|quick| Looking {
+            quick,
+            spin: Spin::new(served.spin),
+            lonely: Lonely::new(),
+            asked: true,
+        });
         let slept = !served.lazily;
-        Self { device, quick, buffers, luck: Luck::default(), slept, served: false }
+        Self { device, looking, buffers, slept, served: false }
+    }
+}
+
+/// How a worker looks for requests.
+struct Looking {
+    /// Reads from it don't wait.
+    quick: File,
+    spin: Spin,
+    lonely: Lonely,
+    /// Whether somebody waited for the last answer.
+    asked: bool,
+}
+
+impl Looking {
+    /// The read that found a request, if one did.
+    fn look(&mut self, alone: &Alone, request: &mut [u8]) -> Option<nix::Result<usize>> {
+        if self.lonely.leaves_it(alone) {
+            return None;
+        }
+        let look = || match nix::unistd::read(&self.quick, request) {
+            Err(Nix::EAGAIN) => None,
+            result => Some(result),
+        };
+        match self.spin.until(look) {
+            Look::Found { found, waited } => {
+                // A client does not wait for the end of some messages before it asks again.
+                let asks = found.is_ok_and(|len| request::is_waited_for(&request[..len]));
+                self.lonely.found(alone, waited && asks && self.asked);
+                Some(found)
+            }
+            Look::InVain => None,
+            Look::Busy => {
+                self.lonely.found(alone, true);
+                None
+            }
+        }
     }
 }
 
@@ -148,7 +190,11 @@ impl Served<'_> {
     /// Those of the device that do not mean that the filesystem was unmounted.
     pub(crate) fn serve(&self, device: &File) -> io::Result<()> {
         let mut worker = Worker::new(self, device);
-        while self.serve_next(&mut worker)? {}
+        while self.serve_next(&mut worker)? {
+            if worker.looking.is_none() {
+                self.control.alone.rest();
+            }
+        }
         Ok(())
     }
 
@@ -169,22 +215,20 @@ impl Served<'_> {
     /// Waits for a request and serves it, or for anything else that ends the wait; whether there
     /// may be more.
     fn serve_next(&self, worker: &mut Worker<'_>) -> io::Result<bool> {
-        let Worker { device, quick, buffers, luck, slept, served } = worker;
-        // A CPU that doesn't halt is not worth looking for.
-        let wants_look = *served && !self.control.awake.is_held();
-        let looked = quick.as_ref().filter(|_| wants_look).and_then(|quick| {
-            let look = || match nix::unistd::read(quick, buffers.request_mut(self.max_write)) {
-                Err(Nix::EAGAIN) => None,
-                result => Some(result),
-            };
-            self.spin.until(luck, look).map(|result| (quick, result))
-        });
-        let (device, result) = match looked {
-            Some(looked) => looked,
-            None => match self.wait_and_read(device, buffers, slept) {
-                Some(result) => (*device, result),
-                None => return Ok(!self.control.is_stopping()),
-            },
+        let Worker { device, looking, buffers, slept, served } = worker;
+        let mut looked = None;
+        if let Some(looking) = looking {
+            if self.control.awake.is_held() {
+                // A CPU that doesn't halt is not worth looking for.
+                looking.lonely.stop(&self.control.alone);
+            } else if *served {
+                let request = buffers.request_mut(self.max_write);
+                looked = looking.look(&self.control.alone, request);
+            }
+        }
+        let found = looked.is_some();
+        let Some(result) = looked.or_else(|| self.wait_and_read(device, buffers, slept)) else {
+            return Ok(!self.control.is_stopping());
         };
         let len = match result {
             Ok(len) => len,
@@ -201,6 +245,18 @@ impl Served<'_> {
         if !self.lazily {
             self.control.awake.note();
         }
+        if let Some(looking) = looking {
+            looking.lonely.took(&self.control.alone);
+            let message = &buffers.request[buffers.start..buffers.start + len];
+            looking.asked = request::is_waited_for(message);
+            if request::takes_long(message) {
+                looking.lonely.stop(&self.control.alone);
+            }
+        }
+        let device = match looking {
+            Some(looking) if found => &looking.quick,
+            _ => *device,
+        };
         match serve_one(device, self.dispatcher, &self.control.stand_ins, buffers, len) {
             Ok(()) => {}
             // The connection is gone, and with it who asked; so nobody counts lookups.

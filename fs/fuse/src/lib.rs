@@ -9,6 +9,7 @@
 //! held while the filesystem unmounts, none of them for any other call of it.
 
 pub mod abi;
+mod alone;
 mod attr_readers;
 mod awake;
 mod caller;

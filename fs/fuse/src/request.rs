@@ -11,6 +11,9 @@ pub(crate) const NAME_MAX: usize = 255;
 /// Longest name of an extended attribute.
 const XATTR_NAME_MAX: usize = 255;
 
+/// A read or write of more is large.
+const LITTLE: usize = 64 * 1024;
+
 /// Sends a reply's body before the request has been served.
 pub type EarlyReply<'a> = dyn Fn(&[u8]) -> bool + 'a;
 
@@ -53,6 +56,41 @@ impl<'a> Request<'a> {
 
     pub(crate) fn context(&self) -> Context {
         Context { uid: self.header.uid, gid: self.header.gid, pid: self.header.pid, umask: 0 }
+    }
+}
+
+/// The opcode of a message and what follows its header, where it has those.
+fn opcode(message: &[u8]) -> Option<(Opcode, &[u8])> {
+    let (header, rest) = InHeader::read_from_prefix(message).ok()?;
+    Some((Opcode::from_wire(header.opcode)?, rest))
+}
+
+/// Whether somebody waits for the answer to a message.
+pub(crate) fn is_waited_for(message: &[u8]) -> bool {
+    use Opcode::{BatchForget, Forget, Interrupt, Release, Releasedir};
+    let opcode = opcode(message).map(|(opcode, _)| opcode);
+    !matches!(opcode, Some(Forget | BatchForget | Interrupt | Release | Releasedir))
+}
+
+/// Whether a message asks for what takes long even when nothing is in its way: much data, or all
+/// that was changed.
+pub(crate) fn takes_long(message: &[u8]) -> bool {
+    match opcode(message) {
+        Some((Opcode::Read, args)) => abi::ReadIn::read_from_prefix(args)
+            .is_ok_and(|(args, _)| usize::try_from(args.size).is_ok_and(|size| size > LITTLE)),
+        Some((Opcode::Write, data)) => data.len() > LITTLE,
+        Some((Opcode::Setattr, args)) => abi::SetattrIn::read_from_prefix(args)
+            .is_ok_and(|(args, _)| Fattr::from_bits_retain(args.valid).contains(Fattr::SIZE)),
+        Some((opcode, _)) => matches!(
+            opcode,
+            Opcode::Syncfs
+                | Opcode::Fallocate
+                | Opcode::Ioctl
+                | Opcode::CopyFileRange
+                | Opcode::CopyFileRange64
+                | Opcode::Destroy
+        ),
+        None => false,
     }
 }
 

@@ -30,6 +30,7 @@ use uext_sync::Mutex;
 use uext_vfs::{Errno, FileSystem};
 
 use crate::PAGE_SIZE;
+use crate::alone::Alone;
 use crate::awake::Awake;
 pub use crate::awake::CpuLatency;
 use crate::devfuse::{self, Served};
@@ -37,7 +38,6 @@ use crate::dispatch::{AfterUnmount, Dispatcher};
 use crate::mounted_fs::Reopen;
 use crate::notify::Notifier;
 use crate::place::Place;
-use crate::spin::Spin;
 use crate::stand_in::{self, StandIns};
 use crate::sys::{self, FsContext, MountAttr};
 use crate::uring::{self, Rings};
@@ -417,10 +417,9 @@ impl Workers {
                 workers.threads.append(&mut live.threads);
                 workers.rings = Some(live);
                 let lazy = device.clone();
-                let never = Arc::new(Spin::new(Duration::ZERO));
                 workers.spawn(
                     "fuse-forget",
-                    device_worker(lazy, dispatcher, &control, config, &never, Role::Serves),
+                    device_worker(lazy, dispatcher, &control, config, Duration::ZERO, Role::Serves),
                 )?;
                 return Ok((workers, control));
             }
@@ -430,13 +429,16 @@ impl Workers {
             }
             None => {}
         }
-        let spin = Arc::new(Spin::new(config.spin));
-        let never = Arc::new(Spin::new(Duration::ZERO));
+        let never = Duration::ZERO;
         let count = config.worker_count();
         for index in 0..(1 + stand_in::EACH) * count {
             let fuse = if index == 0 { device.clone() } else { clone_device(device) };
-            let (role, spin) =
-                if index < count { (Role::Serves, &spin) } else { (Role::StandsIn, &never) };
+            let (role, spin) = match index {
+                // A second that looks would only take from what the first finds.
+                0 => (Role::Serves, config.spin),
+                _ if index < count => (Role::Serves, never),
+                _ => (Role::StandsIn, never),
+            };
             let work = device_worker(fuse, dispatcher, &control, config, spin, role);
             let started = workers.spawn(&format!("fuse-{index}"), work);
             match started {
@@ -490,10 +492,10 @@ fn device_worker(
     dispatcher: &Arc<Dispatcher>,
     control: &Arc<Control>,
     config: &Config,
-    spin: &Arc<Spin>,
+    spin: Duration,
     role: Role,
 ) -> impl FnOnce() -> io::Result<()> + Send + 'static {
-    let (dispatcher, control, spin) = (dispatcher.clone(), control.clone(), spin.clone());
+    let (dispatcher, control) = (dispatcher.clone(), control.clone());
     let (max_write, splice) = (config.max_write(), config.splice);
     let lazily = dispatcher.uring_agreed();
     move || {
@@ -507,13 +509,14 @@ fn device_worker(
             max_write,
             lazily,
             splice,
-            spin: &spin,
+            spin,
         };
         let result = match role {
             Role::Serves => served.serve(&device),
             Role::StandsIn => served.stand_in(&device),
         };
         control.stand_ins.close();
+        control.alone.close();
         control.leave();
         result
     }
@@ -571,6 +574,7 @@ impl Drop for AbortOnPanic {
 pub(crate) struct Control {
     pub(crate) awake: Awake,
     pub(crate) stand_ins: StandIns,
+    pub(crate) alone: Alone,
     /// Set for good once the workers are to end.
     ///
     /// PAIRS-WITH: `waiting` of each worker, in `Control::stop` and `devfuse::serve`:
@@ -592,6 +596,7 @@ impl Control {
         Self {
             awake: Awake::new(config.cpu_latency),
             stand_ins: StandIns::new(config.worker_count()),
+            alone: Alone::new(config.worker_count() - 1),
             stop: AtomicBool::new(false),
             workers: Mutex::default(),
         }
@@ -620,6 +625,7 @@ impl Control {
     pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::SeqCst); // PAIRS-WITH: devfuse::serve
         self.stand_ins.close();
+        self.alone.close();
         while self.kick() {
             std::thread::sleep(Duration::from_millis(5));
         }

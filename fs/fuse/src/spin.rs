@@ -5,19 +5,15 @@
 //! as what is then done, on a virtual machine above all. So a worker that has served a request
 //! looks for another without blocking, for as long as [`Spin`] says.
 //!
-//! It gives way. One worker looks at a time, and only while there are no more threads that
+//! It gives way. One worker of a mount looks, and only while there are no more threads that
 //! want to run than CPUs: where none is idle there is nothing to gain, and who yields to
 //! somebody else is late for the next request. Between two looks it yields all the same; when that
-//! takes long, somebody new has work for the CPU and the worker goes to sleep. Who has looked in
-//! vain looks less often, down to once in [`RAREST`] requests.
-//!
-//! Locks: `Spin::machine`, by trying only; nothing is taken under it.
+//! takes long, somebody new has work for the CPU and the worker goes to sleep. After looks in
+//! vain it looks less often, down to once in [`RAREST`] requests.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
-
-use uext_sync::Mutex;
 
 /// A yield that takes longer has let somebody else run.
 const BUSY: Duration = Duration::from_micros(20);
@@ -26,11 +22,11 @@ const RAREST: u32 = 64;
 /// How long it is believed how many want to run.
 const BELIEVED: Duration = Duration::from_millis(10);
 
-/// How long a mount's workers look, and when.
+/// How long a worker looks, and when.
 pub(crate) struct Spin {
     limit: Duration,
-    /// Held by who looks.
-    machine: Mutex<Machine>,
+    machine: Machine,
+    luck: Luck,
 }
 
 /// What else the machine does.
@@ -63,9 +59,20 @@ fn runnable(text: &[u8]) -> Option<usize> {
     field.split_once('/')?.0.parse().ok()
 }
 
-/// What a worker's looks have been worth.
+/// What came of a look.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Look<T> {
+    /// Something, which had been there before the look or came during it.
+    Found { found: T, waited: bool },
+    /// Nothing, or it was not the time for another look.
+    InVain,
+    /// No CPU is to spare.
+    Busy,
+}
+
+/// What looks have been worth.
 #[derive(Default)]
-pub(crate) struct Luck {
+struct Luck {
     /// Requests to serve before the next look.
     skip: u32,
     /// The same after the next look, when it is in vain.
@@ -73,42 +80,39 @@ pub(crate) struct Luck {
 }
 
 impl Spin {
-    /// One worker looks at a time, for `limit`; zero: nobody does.
+    /// Looks for `limit`.
     pub fn new(limit: Duration) -> Self {
-        let load = File::open("/proc/loadavg").ok().filter(|_| limit > Duration::ZERO);
+        let load = File::open("/proc/loadavg").ok();
         let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get());
-        Self { limit, machine: Mutex::new(Machine { load, cpus, asked: None, spare: false }) }
-    }
-
-    /// Whether anybody ever looks.
-    pub fn is_on(&self) -> bool {
-        self.limit > Duration::ZERO
+        let machine = Machine { load, cpus, asked: None, spare: false };
+        Self { limit, machine, luck: Luck::default() }
     }
 
     /// Calls `look` until it finds something, time is up, or the CPU is wanted.
-    pub fn until<T>(&self, luck: &mut Luck, mut look: impl FnMut() -> Option<T>) -> Option<T> {
-        if luck.skip > 0 {
-            luck.skip -= 1;
-            return None;
+    pub fn until<T>(&mut self, mut look: impl FnMut() -> Option<T>) -> Look<T> {
+        if self.luck.skip > 0 {
+            self.luck.skip -= 1;
+            return Look::InVain;
         }
-        let mut machine = self.machine.try_lock()?;
         let begin = Instant::now();
-        if !machine.has_spare_cpu(begin) {
-            return None;
+        if !self.machine.has_spare_cpu(begin) {
+            return Look::Busy;
         }
         let mut last = begin;
+        let mut waited = true;
         let found = loop {
             if let Some(found) = look() {
-                break Some(found);
+                break Look::Found { found, waited };
             }
+            waited = false;
             std::thread::yield_now();
             let now = Instant::now();
             if now - begin >= self.limit || now - last > BUSY {
-                break None;
+                break Look::InVain;
             }
             last = now;
         };
-        luck.learn(found.is_some());
+        self.luck.learn(matches!(found, Look::Found { .. }));
         found
     }
 }
@@ -127,19 +131,18 @@ mod tests {
 
     /// On a machine that has CPUs to spare, or not.
     fn spin(limit: Duration, spare: bool) -> Spin {
-        let spin = Spin::new(limit);
         // Far enough ahead that it is not asked again.
         let asked = Some(Instant::now() + Duration::from_secs(3600));
-        *spin.machine.lock() = Machine { load: None, cpus: 1, asked, spare };
-        spin
+        let machine = Machine { load: None, cpus: 1, asked, spare };
+        Spin { limit, machine, luck: Luck::default() }
     }
 
     /// Serves `requests`; how many looks there were.
-    fn looks(spin: &Spin, luck: &mut Luck, requests: usize, found: bool) -> usize {
+    fn looks(spin: &mut Spin, requests: usize, found: bool) -> usize {
         let mut looks = 0;
         for _ in 0..requests {
             let mut looked = false;
-            spin.until(luck, || {
+            spin.until(|| {
                 looked = true;
                 found.then_some(())
             });
@@ -150,36 +153,37 @@ mod tests {
 
     #[test]
     fn looks_in_vain_become_rare_and_one_that_finds_ends_that() {
-        let (spin, mut luck) = (spin(Duration::from_micros(1), true), Luck::default());
-        let in_vain = looks(&spin, &mut luck, 6400, false);
+        let mut spin = spin(Duration::from_micros(1), true);
+        let in_vain = looks(&mut spin, 6400, false);
         assert!((100..=110).contains(&in_vain), "{in_vain} looks");
-        let rare = looks(&spin, &mut luck, 64, true);
+        let rare = looks(&mut spin, 64, true);
         assert!(rare >= 1, "the next look found something");
-        assert_eq!(looks(&spin, &mut luck, 100, true), 100);
+        assert_eq!(looks(&mut spin, 100, true), 100);
     }
 
     #[test]
-    fn one_looks_at_a_time() {
-        let spin = spin(Duration::from_secs(1), true);
-        let inner = spin.until(&mut Luck::default(), || {
-            Some(spin.until(&mut Luck::default(), || Some("a second looked")))
+    fn what_comes_during_a_look_has_not_waited() {
+        let mut spin = spin(Duration::from_secs(1), true);
+        let mut looks = 0;
+        let found = spin.until(|| {
+            looks += 1;
+            (looks == 3).then_some(looks)
         });
-        assert_eq!(inner, Some(None));
-        assert!(spin.until(&mut Luck::default(), || Some(())).is_some());
+        assert_eq!(found, Look::Found { found: 3, waited: false });
     }
 
     #[test]
     fn time_ends_a_look() {
-        let spin = spin(Duration::from_millis(2), true);
+        let mut spin = spin(Duration::from_millis(2), true);
         let begin = Instant::now();
-        assert!(spin.until(&mut Luck::default(), || None::<()>).is_none());
+        assert_eq!(spin.until(|| None::<()>), Look::InVain);
         assert!(begin.elapsed() < Duration::from_secs(10));
     }
 
     #[test]
     fn nobody_looks_where_no_cpu_is_idle() {
-        let spin = spin(Duration::from_secs(1), false);
-        assert_eq!(looks(&spin, &mut Luck::default(), 1000, true), 0);
+        let mut spin = spin(Duration::from_secs(1), false);
+        assert_eq!(looks(&mut spin, 1000, true), 0);
     }
 
     #[test]

@@ -640,3 +640,47 @@ fn answers_before_the_end_leave_workers_for_others() {
     drop((file, other));
     mount.umount();
 }
+
+/// One worker takes all requests of a client that sends one after the other (where the machine has
+/// a CPU to spare); what holds it up must not hold up others.
+#[test]
+fn a_request_that_waits_does_not_stall_others_after_many_quick_ones() {
+    let config = Config {
+        transport: Transport::DevFuse,
+        threads: Some(2),
+        cpu_latency: CpuLatency::Off,
+        ..Config::default()
+    };
+    if std::env::var_os("UEXT_TEST_TRANSPORT").is_some() {
+        // Rings have the same test of their own.
+        return;
+    }
+    let Some(mount) = mount(&Kind::Block, &config) else { return };
+    for round in 0..5 {
+        let dir = mount.dir.join(format!("dir {round}"));
+        fs::create_dir(&dir).unwrap();
+        let file = File::create(dir.join("file")).unwrap();
+        for n in 0..2000 {
+            fs::symlink_metadata(dir.join(format!("none {n}"))).unwrap_err();
+        }
+        mount.fs.hold_fsyncs(true);
+        let wait = |done: &dyn Fn() -> bool| {
+            let end = Instant::now() + Duration::from_secs(20);
+            while !done() && Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            done()
+        };
+        let served = std::thread::scope(|scope| {
+            let synced = scope.spawn(|| file.sync_all().unwrap());
+            let held = wait(&|| mount.fs.held_fsyncs() > 0);
+            // A child that stood in the mount could not be killed if this failed.
+            let asked = scope.spawn(|| fs::symlink_metadata(dir.join("no")).unwrap_err());
+            let served = wait(&|| asked.is_finished()) && held && !synced.is_finished();
+            mount.fs.hold_fsyncs(false);
+            served
+        });
+        assert!(served, "round {round}");
+    }
+    mount.umount();
+}

@@ -1,0 +1,288 @@
+//! One worker alone, for as long as it is enough.
+//!
+//! A request wakes a worker that waits for one, even where another looks for requests
+//! (`spin`) and has it first. Waking a CPU in vain can cost the program that asked more than its
+//! request does. So when the one that looks finds request after request and none of them had
+//! to wait for it, the others rest instead of waiting: each takes one more request, for which
+//! the one doesn't look, and is not woken by any after that.
+//!
+//! They are back when the one is to serve what takes long, when requests have waited for
+//! it, and when it has taken none for [`GUARD`], which one of those that rest watches: whatever
+//! holds up the one, nobody else's request waits for longer.
+//!
+//! Locks: `state`, a leaf.
+
+use std::time::Duration;
+
+use uext_sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use uext_sync::{Condvar, Mutex};
+
+/// How long a request may hold up all others.
+const GUARD: Duration = Duration::from_millis(2);
+/// Requests in a row that must be found before one worker is left alone, at first.
+const FEW: u32 = 32;
+/// The same after spells that were short again and again.
+const MANY: u32 = 4096;
+/// A spell of fewer requests is short.
+const SHORT: u32 = 512;
+/// What a request that had to wait weighs, in requests that didn't.
+const WAITED: u32 = 8;
+
+/// What all workers of a connection know of it.
+pub(crate) struct Alone {
+    /// How many may rest.
+    others: usize,
+    /// Whether others are to rest.
+    /// WHY-RELAXED: changed under `state`, under which it is looked at before anybody rests; who
+    /// sees it late elsewhere takes one request more or less.
+    on: AtomicBool,
+    /// Requests the one has taken. WHY-RELAXED: only whether it stands still is asked.
+    taken: AtomicU64,
+    state: Mutex<State>,
+    over: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    resting: usize,
+    /// Whether one of them watches.
+    guarded: bool,
+    closed: bool,
+}
+
+impl Alone {
+    /// Of one worker and so many others.
+    pub fn new(others: usize) -> Self {
+        let (on, taken) = (AtomicBool::new(false), AtomicU64::new(0));
+        Self { others, on, taken, state: Mutex::default(), over: Condvar::new() }
+    }
+
+    fn is_on(&self) -> bool {
+        self.on.load(Ordering::Relaxed) // WHY-RELAXED: see there
+    }
+
+    /// Others rest from now on.
+    fn begin(&self) {
+        let state = self.state.lock();
+        self.on.store(!state.closed && self.others > 0, Ordering::Relaxed); // WHY-RELAXED: see there
+    }
+
+    /// Whoever rests is back.
+    fn end(&self) {
+        if self.is_on() {
+            let _state = self.state.lock();
+            self.on.store(false, Ordering::Relaxed); // WHY-RELAXED: see there
+            self.over.notify_all();
+        }
+    }
+
+    /// Whether others still wait for requests, though they are to rest.
+    fn is_awaited(&self) -> bool {
+        self.is_on() && self.state.lock().resting < self.others
+    }
+
+    /// Waits, as one of the others, until there is something to do.
+    pub fn rest(&self) {
+        if !self.is_on() {
+            return;
+        }
+        let mut state = self.state.lock();
+        state.resting += 1;
+        while self.is_on() {
+            if state.guarded {
+                self.over.wait(&mut state);
+                continue;
+            }
+            state.guarded = true;
+            let before = self.taken.load(Ordering::Relaxed); // WHY-RELAXED: see there
+            let in_time = !self.over.wait_for(&mut state, GUARD).timed_out();
+            state.guarded = false;
+            if !in_time && self.taken.load(Ordering::Relaxed) == before {
+                // WHY-RELAXED: see there
+                self.on.store(false, Ordering::Relaxed);
+                self.over.notify_all();
+            }
+        }
+        state.resting -= 1;
+    }
+
+    /// Nobody rests any more.
+    pub fn close(&self) {
+        let mut state = self.state.lock();
+        state.closed = true;
+        self.on.store(false, Ordering::Relaxed); // WHY-RELAXED: see there
+        self.over.notify_all();
+    }
+}
+
+/// What the one has seen of its requests.
+pub(crate) struct Lonely {
+    /// What speaks against being alone: nothing at 0.
+    pressure: u32,
+    /// With how much it begins.
+    need: u32,
+    /// Requests since it was alone; `None`: it isn't.
+    spell: Option<u32>,
+}
+
+impl Lonely {
+    pub fn new() -> Self {
+        Self { pressure: FEW, need: FEW, spell: None }
+    }
+
+    /// A request was taken.
+    pub fn took(&mut self, alone: &Alone) {
+        let Some(spell) = &mut self.spell else { return };
+        *spell = spell.saturating_add(1);
+        alone.taken.fetch_add(1, Ordering::Relaxed); // WHY-RELAXED: see there
+        if !alone.is_on() {
+            self.stop(alone);
+        }
+    }
+
+    /// Whether what comes is left to others, so that they rest after it.
+    pub fn leaves_it(&self, alone: &Alone) -> bool {
+        // One that is held up doesn't rest for long.
+        self.spell.is_some_and(|spell| spell < FEW) && alone.is_awaited()
+    }
+
+    /// It was found by looking, and had waited for that or not.
+    pub fn found(&mut self, alone: &Alone, waited: bool) {
+        if waited {
+            self.pressure = (self.pressure + WAITED).min(self.need);
+            if self.pressure >= FEW {
+                self.stop(alone);
+            }
+        } else {
+            self.pressure = self.pressure.saturating_sub(1);
+            if self.pressure == 0 && self.spell.is_none() {
+                self.spell = Some(0);
+                alone.begin();
+            }
+        }
+    }
+
+    /// What comes takes long, or requests are not looked for any more.
+    pub fn stop(&mut self, alone: &Alone) {
+        if let Some(spell) = self.spell.take() {
+            self.need = if spell < SHORT { (2 * self.need).min(MANY) } else { FEW };
+            alone.end();
+        }
+        self.pressure = self.need;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::{Receiver, channel};
+
+    const A_WHILE: Duration = Duration::from_millis(30);
+    const LONG: Duration = Duration::from_secs(30);
+
+    /// Runs `one` beside two others, which say so whenever they don't rest.
+    fn beside_two(alone: &Alone, one: impl FnOnce(&Receiver<()>)) {
+        let (send, awake) = channel();
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                let send = send.clone();
+                scope.spawn(move || {
+                    while !alone.state.lock().closed {
+                        alone.rest();
+                        send.send(()).unwrap();
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                });
+            }
+            one(&awake);
+            alone.close();
+        });
+    }
+
+    /// Takes requests, each of which has to be looked for, until others are to rest; how many.
+    fn until_alone(lonely: &mut Lonely, alone: &Alone) -> u32 {
+        let mut count = 0;
+        while !alone.is_on() {
+            lonely.took(alone);
+            lonely.found(alone, false);
+            count += 1;
+            assert!(count <= 2 * MANY);
+        }
+        count
+    }
+
+    /// What was said up to now does not count.
+    fn rests(awake: &Receiver<()>) -> bool {
+        std::thread::sleep(A_WHILE);
+        awake.try_iter().for_each(drop);
+        awake.recv_timeout(A_WHILE).is_err()
+    }
+
+    #[test]
+    fn others_rest_while_requests_are_found_and_are_back_when_they_waited() {
+        let (alone, mut lonely) = (Alone::new(2), Lonely::new());
+        beside_two(&alone, |awake| {
+            awake.recv_timeout(LONG).unwrap();
+            assert_eq!(until_alone(&mut lonely, &alone), FEW);
+            while lonely.leaves_it(&alone) {
+                std::thread::sleep(Duration::from_micros(100));
+            }
+            let begin = std::time::Instant::now();
+            awake.try_iter().for_each(drop);
+            while begin.elapsed() < A_WHILE {
+                lonely.took(&alone);
+                // One in sixteen is bad luck.
+                for waited in 0..16 {
+                    lonely.found(&alone, waited == 0);
+                }
+            }
+            assert!(awake.try_recv().is_err(), "both rest");
+            for _ in 0..FEW / WAITED {
+                assert!(alone.is_on());
+                lonely.found(&alone, true);
+            }
+            awake.recv_timeout(LONG).unwrap();
+        });
+    }
+
+    #[test]
+    fn others_are_back_when_the_one_takes_no_request() {
+        let (alone, mut lonely) = (Alone::new(2), Lonely::new());
+        beside_two(&alone, |awake| {
+            until_alone(&mut lonely, &alone);
+            assert!(!rests(awake), "nobody took a request for so long");
+            assert!(!alone.is_on());
+            assert_eq!(until_alone(&mut Lonely::new(), &alone), FEW);
+        });
+    }
+
+    #[test]
+    fn who_is_not_left_alone_for_long_waits_for_longer() {
+        let (alone, mut lonely) = (Alone::new(1), Lonely::new());
+        for need in [FEW, 2 * FEW, 4 * FEW] {
+            assert_eq!(until_alone(&mut lonely, &alone), need);
+            lonely.stop(&alone);
+        }
+        assert_eq!(until_alone(&mut lonely, &alone), 8 * FEW);
+        for _ in 0..SHORT {
+            lonely.took(&alone);
+        }
+        lonely.stop(&alone);
+        assert_eq!(until_alone(&mut lonely, &alone), FEW);
+    }
+
+    #[test]
+    fn nobody_is_alone_without_others_or_at_the_end() {
+        for (alone, close) in [(Alone::new(0), false), (Alone::new(1), true)] {
+            if close {
+                alone.close();
+            }
+            let mut lonely = Lonely::new();
+            for _ in 0..2 * FEW {
+                lonely.found(&alone, false);
+            }
+            assert!(!alone.is_on());
+            alone.rest();
+        }
+    }
+}
