@@ -32,6 +32,7 @@ const WAITED: u32 = 8;
 pub(crate) struct Alone {
     /// How many may rest.
     others: usize,
+    guard: Duration,
     /// Whether others are to rest.
     /// WHY-RELAXED: changed under `state`, under which it is looked at before anybody rests; who
     /// sees it late elsewhere takes one request more or less.
@@ -54,7 +55,8 @@ impl Alone {
     /// Of one worker and so many others.
     pub fn new(others: usize) -> Self {
         let (on, taken) = (AtomicBool::new(false), AtomicU64::new(0));
-        Self { others, on, taken, state: Mutex::default(), over: Condvar::new() }
+        let (state, over) = (Mutex::default(), Condvar::new());
+        Self { others, guard: GUARD, on, taken, state, over }
     }
 
     fn is_on(&self) -> bool {
@@ -95,7 +97,7 @@ impl Alone {
             }
             state.guarded = true;
             let before = self.taken.load(Ordering::Relaxed); // WHY-RELAXED: see there
-            let in_time = !self.over.wait_for(&mut state, GUARD).timed_out();
+            let in_time = !self.over.wait_for(&mut state, self.guard).timed_out();
             state.guarded = false;
             if !in_time && self.taken.load(Ordering::Relaxed) == before {
                 // WHY-RELAXED: see there
@@ -176,9 +178,15 @@ impl Lonely {
 mod tests {
     use super::*;
     use std::sync::mpsc::{Receiver, channel};
+    use std::time::Instant;
 
     const A_WHILE: Duration = Duration::from_millis(30);
     const LONG: Duration = Duration::from_secs(30);
+
+    /// Whose guard doesn't see a test that is held up.
+    fn unguarded(others: usize) -> Alone {
+        Alone { guard: Duration::from_secs(3600), ..Alone::new(others) }
+    }
 
     /// Runs `one` beside two others, which say so whenever they don't rest.
     fn beside_two(alone: &Alone, one: impl FnOnce(&Receiver<()>)) {
@@ -194,9 +202,18 @@ mod tests {
                     }
                 });
             }
+            let _closed = Closed(alone);
             one(&awake);
-            alone.close();
         });
+    }
+
+    /// Lets the others go, also when a test fails.
+    struct Closed<'a>(&'a Alone);
+
+    impl Drop for Closed<'_> {
+        fn drop(&mut self) {
+            self.0.close();
+        }
     }
 
     /// Takes requests, each of which has to be looked for, until others are to rest; how many.
@@ -211,23 +228,16 @@ mod tests {
         count
     }
 
-    /// What was said up to now does not count.
-    fn rests(awake: &Receiver<()>) -> bool {
-        std::thread::sleep(A_WHILE);
-        awake.try_iter().for_each(drop);
-        awake.recv_timeout(A_WHILE).is_err()
-    }
-
     #[test]
     fn others_rest_while_requests_are_found_and_are_back_when_they_waited() {
-        let (alone, mut lonely) = (Alone::new(2), Lonely::new());
+        let (alone, mut lonely) = (unguarded(2), Lonely::new());
         beside_two(&alone, |awake| {
             awake.recv_timeout(LONG).unwrap();
             assert_eq!(until_alone(&mut lonely, &alone), FEW);
             while lonely.leaves_it(&alone) {
                 std::thread::sleep(Duration::from_micros(100));
             }
-            let begin = std::time::Instant::now();
+            let begin = Instant::now();
             awake.try_iter().for_each(drop);
             while begin.elapsed() < A_WHILE {
                 lonely.took(&alone);
@@ -250,15 +260,20 @@ mod tests {
         let (alone, mut lonely) = (Alone::new(2), Lonely::new());
         beside_two(&alone, |awake| {
             until_alone(&mut lonely, &alone);
-            assert!(!rests(awake), "nobody took a request for so long");
-            assert!(!alone.is_on());
-            assert_eq!(until_alone(&mut Lonely::new(), &alone), FEW);
+            let begin = Instant::now();
+            while alone.is_on() {
+                assert!(begin.elapsed() < LONG, "nobody took a request for so long");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            awake.try_iter().for_each(drop);
+            awake.recv_timeout(LONG).unwrap();
+            until_alone(&mut lonely, &alone);
         });
     }
 
     #[test]
     fn who_is_not_left_alone_for_long_waits_for_longer() {
-        let (alone, mut lonely) = (Alone::new(1), Lonely::new());
+        let (alone, mut lonely) = (unguarded(1), Lonely::new());
         for need in [FEW, 2 * FEW, 4 * FEW] {
             assert_eq!(until_alone(&mut lonely, &alone), need);
             lonely.stop(&alone);
