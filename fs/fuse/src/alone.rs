@@ -8,7 +8,7 @@
 //!
 //! They are back when the one is to serve what takes long, when requests have waited for
 //! it, and when it has taken none for [`GUARD`], which one of those that rest watches: whatever
-//! holds up the one, nobody else's request waits for longer.
+//! holds up the one does so to nobody else for more than twice that.
 //!
 //! Locks: `state`, a leaf.
 
@@ -17,7 +17,7 @@ use std::time::Duration;
 use uext_sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use uext_sync::{Condvar, Mutex};
 
-/// How long a request may hold up all others.
+/// How often it is looked whether a request holds up all others.
 const GUARD: Duration = Duration::from_millis(2);
 /// Requests in a row that must be found before one worker is left alone, at first.
 const FEW: u32 = 32;

@@ -158,8 +158,8 @@ struct Looking {
 }
 
 impl Looking {
-    /// The read that found a request, if one did.
-    fn look(&mut self, alone: &Alone, request: &mut [u8]) -> Option<nix::Result<usize>> {
+    /// The read that found a request, if one did, and whether that had waited.
+    fn look(&mut self, alone: &Alone, request: &mut [u8]) -> Option<(nix::Result<usize>, bool)> {
         if self.lonely.leaves_it(alone) {
             return None;
         }
@@ -168,17 +168,26 @@ impl Looking {
             result => Some(result),
         };
         match self.spin.until(look) {
-            Look::Found { found, waited } => {
-                // A client does not wait for the end of some messages before it asks again.
-                let asks = found.is_ok_and(|len| request::is_waited_for(&request[..len]));
-                self.lonely.found(alone, waited && asks && self.asked);
-                Some(found)
-            }
+            Look::Found { found, waited } => Some((found, waited)),
             Look::InVain => None,
             Look::Busy => {
                 self.lonely.found(alone, true);
                 None
             }
+        }
+    }
+
+    /// A request was taken; if by looking, it had waited or not.
+    fn took(&mut self, alone: &Alone, message: &[u8], waited: Option<bool>) {
+        self.lonely.took(alone);
+        let asks = request::is_waited_for(message);
+        if let Some(waited) = waited {
+            // A client does not wait for the end of some messages before it asks again.
+            self.lonely.found(alone, waited && asks && self.asked);
+        }
+        self.asked = asks;
+        if request::takes_long(message) {
+            self.lonely.stop(alone);
         }
     }
 }
@@ -226,10 +235,12 @@ impl Served<'_> {
                 looked = looking.look(&self.control.alone, request);
             }
         }
-        let found = looked.is_some();
-        let Some(result) = looked.or_else(|| self.wait_and_read(device, buffers, slept)) else {
-            return Ok(!self.control.is_stopping());
+        let waited = looked.map(|(_, waited)| waited);
+        let result = match looked {
+            Some((result, _)) => Some(result),
+            None => self.wait_and_read(device, buffers, slept),
         };
+        let Some(result) = result else { return Ok(!self.control.is_stopping()) };
         let len = match result {
             Ok(len) => len,
             // ENOENT: the request was taken back between the wake-up and the read.
@@ -246,15 +257,11 @@ impl Served<'_> {
             self.control.awake.note();
         }
         if let Some(looking) = looking {
-            looking.lonely.took(&self.control.alone);
             let message = &buffers.request[buffers.start..buffers.start + len];
-            looking.asked = request::is_waited_for(message);
-            if request::takes_long(message) {
-                looking.lonely.stop(&self.control.alone);
-            }
+            looking.took(&self.control.alone, message, waited);
         }
         let device = match looking {
-            Some(looking) if found => &looking.quick,
+            Some(looking) if waited.is_some() => &looking.quick,
             _ => *device,
         };
         match serve_one(device, self.dispatcher, &self.control.stand_ins, buffers, len) {
