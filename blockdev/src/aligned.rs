@@ -10,7 +10,7 @@ use std::num::NonZeroUsize;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
-use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use crate::bio::IoBuffer;
 
@@ -54,6 +54,15 @@ impl AlignedBuf {
         // SAFETY: the kernel chooses a place where nothing is.
         let mapped = unsafe { mmap_anonymous(None, len, prot, MapFlags::MAP_PRIVATE) };
         mapped.ok().map(NonNull::cast)
+    }
+
+    /// Has the kernel give the pages of a large buffer now, all with one call; where it does not,
+    /// they come with their first use.
+    pub fn populate(&self) {
+        if Self::is_mapped(self.len) {
+            // SAFETY: the mapping is the value's own, and its contents stay as they are.
+            let _ = unsafe { madvise(self.ptr.cast(), self.len, MmapAdvise::MADV_POPULATE_WRITE) };
+        }
     }
 
     /// A copy of `data`.

@@ -272,7 +272,12 @@ impl Ext4 {
             return Ok(None);
         }
         let end = self.sb.clusters_in_group(group);
-        let Some(map) = self.claimed_map(group, &mut state)? else { return Ok(None) };
+        if self.claimed_map(group, &mut state)?.is_none() {
+            return Ok(None);
+        }
+        let GroupState { claimed: Some(map), first_free, free_blocks, .. } = &mut *state else {
+            return Ok(None);
+        };
         let found = match fit {
             Fit::Aligned(align) => {
                 let first = self.sb.group_first_block(group).0 % u64::from(align);
@@ -281,11 +286,17 @@ impl Ext4 {
                 find_aligned(map, from, end, count, place)
                     .or_else(|| find_aligned(map, 0, end, count, place))
             }
-            Fit::Whole | Fit::Any => find_run(map, from, end, count, fit == Fit::Whole),
+            Fit::Whole | Fit::Any => {
+                *first_free = bitmap::find_next_zero(map, *first_free, end).unwrap_or(end);
+                find_run(map, from, *first_free, end, count, fit == Fit::Whole)
+            }
         };
         let Some(run) = found else { return Ok(None) };
         bitmap::set_range(map, run.start, run.len);
-        state.free_blocks -= run.len;
+        if run.start == *first_free {
+            *first_free = run.end();
+        }
+        *free_blocks -= run.len;
         self.space.lock().free -= u64::from(run.len);
         Ok(Some(run))
     }
@@ -314,6 +325,7 @@ impl Ext4 {
                         return Ok(None);
                     }
                     state.claimed = Some(map.into_boxed_slice());
+                    state.first_free = 0;
                     state.longest_run = None;
                     self.groups.loaded_maps.add(group);
                 }
@@ -404,8 +416,14 @@ impl Ext4 {
         let Some((group, bit)) = self.sb.group_and_bit(start) else { return };
         let Some(group) = self.groups.list.get(group.0 as usize) else { return };
         let mut state = group.state.lock();
+        self.free_claimed(&mut state, bit, len);
+    }
+
+    /// Clears bits of the in-memory bitmap, where that is loaded.
+    fn free_claimed(&self, state: &mut GroupState, bit: u32, len: u32) {
         if let Some(map) = state.claimed.as_mut() {
             bitmap::clear_range(map, bit, len);
+            state.first_free = state.first_free.min(bit);
             state.free_blocks += len;
             self.space.lock().free += u64::from(len);
         }
@@ -569,10 +587,8 @@ impl Ext4 {
             let mut space = self.space.lock();
             space.pending += u64::from(len);
             space.freed.entry(handle.tid()).or_default().push((start, len));
-        } else if let Some(map) = state.claimed.as_mut() {
-            bitmap::clear_range(map, bit, len);
-            state.free_blocks += len;
-            self.space.lock().free += u64::from(len);
+        } else {
+            self.free_claimed(&mut state, bit, len);
         }
         Ok(())
     }
@@ -619,22 +635,65 @@ fn find_aligned(
 }
 
 /// A run of at most `count` zero bits: at `from` when that is free, else the first one long
-/// enough, else (unless `whole`) the longest.
-fn find_run(map: &[u8], from: u32, end: u32, count: u32, whole: bool) -> Option<BitRun> {
+/// enough, else (unless `whole`) the longest. No bit below `first_free` is zero.
+fn find_run(
+    map: &[u8],
+    from: u32,
+    first_free: u32,
+    end: u32,
+    count: u32,
+    whole: bool,
+) -> Option<BitRun> {
     let trim = |run: BitRun| BitRun { start: run.start, len: run.len.min(count) };
-    if let Some(run) = bitmap::next_zero_run(map, from, end)
+    if let Some(run) = bitmap::next_zero_run(map, from, end.min(from.saturating_add(count)))
         && run.start == from
         && (!whole || run.len >= count.min(256))
     {
         return Some(trim(run));
     }
-    let fits = bitmap::find_zero_run(map, from, end, count)
-        .or_else(|| bitmap::find_zero_run(map, 0, end, count));
-    if let Some(run) = fits {
-        return Some(trim(run));
+    let fits = bitmap::find_zero_run(map, from.max(first_free), end, count)
+        .or_else(|| bitmap::find_zero_run(map, first_free, end, count));
+    if fits.is_some() || whole {
+        return fits;
     }
-    if whole {
-        return None;
+    bitmap::zero_runs(map, first_free, end).max_by_key(|run| run.len).map(trim)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// To know where nothing is free saves a search and changes none.
+        #[test]
+        fn a_run_is_where_it_is_said_to_be(
+            bytes in proptest::collection::vec(prop_oneof![3 => Just(0xFF), 3 => Just(0), 1 => any::<u8>()], 64),
+            full in 0usize..40, from in 0u32..512, count in 1u32..80, whole: bool,
+        ) {
+            let mut map = bytes;
+            map[..full].fill(0xFF);
+            let is_free = |run: BitRun| bitmap::is_range_clear(&map, run.start, run.len);
+            let first_free = bitmap::find_next_zero(&map, 0, 512).unwrap_or(512);
+            let run = find_run(&map, from, first_free, 512, count, whole);
+            prop_assert_eq!(run, find_run(&map, from, 0, 512, count, whole));
+            let starts = (from..512).chain(0..from);
+            let first = starts.map(|start| BitRun { start, len: count })
+                .find(|run| run.end() <= 512 && is_free(*run));
+            let at_goal = bitmap::next_zero_run(&map, from, 512).filter(|run| run.start == from);
+            let longest = || bitmap::zero_runs(&map, 0, 512).map(|run| run.len).max();
+            match run {
+                None => prop_assert!(first.is_none() && (whole || longest().is_none())),
+                Some(run) if !whole && at_goal.is_some() => {
+                    prop_assert!(run.start == from && at_goal.is_some_and(|goal| run.len == count.min(goal.len)));
+                }
+                Some(run) if first.is_some() => prop_assert_eq!(Some(run), first),
+                Some(run) => {
+                    prop_assert!(!whole && is_free(run));
+                    prop_assert_eq!(Some(run.len), longest());
+                }
+            }
+        }
     }
-    bitmap::zero_runs(map, 0, end).max_by_key(|run| run.len).map(trim)
 }

@@ -59,6 +59,7 @@ pub(crate) struct Room {
 }
 
 /// What a search for a name came to.
+#[derive(Clone)]
 pub(crate) enum Search {
     Found(Slot),
     /// It is not there; some room for it, when the search has met the one place it may go to.
@@ -130,7 +131,7 @@ impl Ext4 {
     }
 
     /// Whether a directory lies in its inode.
-    fn is_inline(&self, dir: &Inode) -> bool {
+    pub(crate) fn is_inline(&self, dir: &Inode) -> bool {
         dir.core.lock().flags.contains(InodeFlags::INLINE_DATA)
     }
 

@@ -25,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::groups::Groups;
 use crate::inode::Inode;
 use crate::inode_cache::InodeCache;
+use crate::last_search::LastSearches;
 use crate::options::{Atime, DataMode, MountOptions};
 use crate::orphan::OrphanList;
 use crate::quiet::Watch;
@@ -59,6 +60,7 @@ pub struct Ext4 {
     pub(crate) orphans: Mutex<OrphanList>,
     /// Listing positions that a number alone cannot say.
     pub(crate) ties: Ties,
+    pub(crate) last_searches: LastSearches,
     pub(crate) xattr_share: XattrShare,
     /// Held by a rename between two directories, so that no two change the tree's shape at once.
     pub(crate) rename: Mutex<()>,

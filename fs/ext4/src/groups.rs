@@ -56,6 +56,8 @@ pub(crate) struct GroupState {
     /// The longest free run of `claimed` when that was dropped; nothing changes until it is
     /// loaded again.
     pub longest_run: Option<u32>,
+    /// No bit of `claimed` below this one is zero; the search for blocks starts here.
+    pub first_free: u32,
     /// Blocks that may be claimed: zero bits of `claimed`, or the descriptor's count before it is loaded.
     pub free_blocks: u32,
     /// Free inodes, as the descriptor says.

@@ -238,20 +238,38 @@ impl InodeCache {
         self.order.lock().push_back(inode.ino);
     }
 
-    /// Every cached inode, by number: the order in which a sync writes them is the same in
-    /// every run.
+    /// Every cached inode, by number.
     pub fn all(&self) -> Vec<Arc<Inode>> {
-        let mut all: Vec<_> = self
-            .shards
-            .iter()
-            .flat_map(|shard| shard.lock().inodes.values().cloned().collect::<Vec<_>>())
-            .collect();
+        self.select(|_| true)
+    }
+
+    /// The inodes that a sync has something to do for, by number: the order in which it writes
+    /// them is the same in every run.
+    pub fn to_sync(&self) -> Vec<Arc<Inode>> {
+        self.select(Inode::has_work_for_sync)
+    }
+
+    fn select(&self, wanted: impl Fn(&Inode) -> bool) -> Vec<Arc<Inode>> {
+        let mut all = Vec::new();
+        for shard in &self.shards {
+            let shard = shard.lock();
+            all.extend(shard.inodes.values().filter(|inode| wanted(inode)).cloned());
+        }
         all.sort_unstable_by_key(|inode| inode.ino);
         all
     }
 }
 
 impl Inode {
+    /// Whether a sync writes something of the inode or waits for it: for a deletion, a large
+    /// write, or pages that are dirty or on their way. Who has `core` may wait for the shard, so
+    /// an inode that is in use counts as one.
+    fn has_work_for_sync(&self) -> bool {
+        self.core.try_lock().is_none_or(|core| core.lazy_dirty || core.nlink == 0)
+            || self.mapping.has_dirty()
+            || self.has_large_write()
+    }
+
     /// Whether reading the inode again would give all that is in memory.
     fn is_all_on_disk(&self) -> bool {
         let core = self.core.lock();

@@ -65,6 +65,7 @@ mod ioctl;
 mod journal_data;
 mod journal_inode;
 mod journal_place;
+mod last_search;
 mod loaded_maps;
 mod lookups;
 mod map_blocks;

@@ -27,6 +27,7 @@ use crate::inode_cache::InodeCache;
 use crate::journal_data;
 use crate::journal_inode::journal_map;
 use crate::journal_place::JournalPlace;
+use crate::last_search::LastSearches;
 use crate::loaded_maps::LoadedMaps;
 use crate::memory_plan::MemoryPlan;
 use crate::options::{Atime, MountOptions};
@@ -177,6 +178,7 @@ impl Ext4 {
             inodes: InodeCache::new(plan.inodes),
             orphans: Mutex::new(OrphanList::default()),
             ties: Ties::default(),
+            last_searches: LastSearches::default(),
             xattr_share: XattrShare::default(),
             rename: Mutex::new(()),
             read_only: AtomicBool::new(read_only),
@@ -238,7 +240,7 @@ impl Ext4 {
             return Ok(());
         }
         self.store_errors();
-        let inodes = self.inodes.all();
+        let inodes = self.inodes.to_sync();
         let mut first_error = self.write_small_files(&inodes).err();
         for inode in inodes {
             self.wait_for_deletion(&inode);

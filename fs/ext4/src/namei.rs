@@ -26,6 +26,7 @@ use crate::error::{Error, Result};
 use crate::fs::Ext4;
 use crate::ialloc::NewInode;
 use crate::inode::{Core, Inode};
+use crate::last_search::NamesLock;
 
 /// Most links of an inode (`EXT4_LINK_MAX`).
 pub(crate) const LINK_MAX: u16 = 65_000;
@@ -190,7 +191,9 @@ impl Ext4 {
         if dir.core.lock().nlink == 0 {
             return Err(Errno::ENOENT.into());
         }
-        let slot = self.find_entry(dir, name)?.ok_or(Error::Errno(Errno::ENOENT))?;
+        let search = self.search_entry(dir, name)?;
+        self.keep_search(dir, name, &search);
+        let slot = search.found().ok_or(Error::Errno(Errno::ENOENT))?;
         self.entry_inode(dir, slot.ino)
     }
 
@@ -282,9 +285,9 @@ impl Ext4 {
     ) -> Result<Arc<Inode>> {
         check_new_name(name)?;
         self.with_space(|| {
-            let exclusive = dir.rwsem.write();
+            let mut names = self.lock_names(dir);
             self.check_may_create(dir)?;
-            let Search::Missing(room) = self.search_entry(dir, name)? else {
+            let Search::Missing(room) = names.search(self, name)? else {
                 return Err(Errno::EEXIST.into());
             };
             let is_dir = matches!(node, NewNode::Directory { .. });
@@ -295,7 +298,7 @@ impl Ext4 {
             if let Ok(inode) = &made {
                 self.inodes.count_lookup(inode);
             }
-            drop(exclusive);
+            drop(names);
             made
         })
     }
@@ -409,7 +412,7 @@ impl Ext4 {
             return Err(Errno::EPERM.into());
         }
         self.with_space(|| {
-            let _exclusive = dir.rwsem.write();
+            let mut names = self.lock_names(dir);
             self.check_may_create(dir)?;
             let _inode_exclusive = inode.rwsem.write();
             if inode.core.lock().is_fixed() {
@@ -418,7 +421,7 @@ impl Ext4 {
             if inode.core.lock().nlink >= LINK_MAX {
                 return Err(Errno::EMLINK.into());
             }
-            let Search::Missing(room) = self.search_entry(dir, name)? else {
+            let Search::Missing(room) = names.search(self, name)? else {
                 return Err(Errno::EEXIST.into());
             };
             let handle = self.start_for(ctx, credits::LINK)?;
@@ -456,8 +459,8 @@ impl Ext4 {
         if name == b"." || name == b".." {
             return Err(Errno::EISDIR.into());
         }
-        let _exclusive = dir.rwsem.write();
-        let (slot, inode) = self.find_removable(dir, name)?;
+        let mut names = self.lock_names(dir);
+        let (slot, inode) = self.find_removable(dir, name, &mut names)?;
         if inode.is_dir() {
             return Err(Errno::EISDIR.into());
         }
@@ -473,14 +476,19 @@ impl Ext4 {
     }
 
     /// The entry of a name to be removed, and its inode.
-    fn find_removable(&self, dir: &Inode, name: &[u8]) -> Result<(crate::dir::Slot, Arc<Inode>)> {
+    fn find_removable(
+        &self,
+        dir: &Inode,
+        name: &[u8],
+        names: &mut NamesLock<'_>,
+    ) -> Result<(crate::dir::Slot, Arc<Inode>)> {
         if !dir.is_dir() {
             return Err(Errno::ENOTDIR.into());
         }
         if dir.core.lock().nlink == 0 {
             return Err(Errno::ENOENT.into());
         }
-        let slot = self.find_entry(dir, name)?.ok_or(Error::Errno(Errno::ENOENT))?;
+        let slot = names.search(self, name)?.found().ok_or(Error::Errno(Errno::ENOENT))?;
         let inode = self.entry_inode(dir, slot.ino)?;
         Ok((slot, inode))
     }
@@ -510,8 +518,8 @@ impl Ext4 {
 
     /// Removes an empty directory; `None` when its lock is taken and `wait` is not set.
     fn try_rmdir(&self, dir: &Arc<Inode>, name: &[u8], wait: bool) -> Result<Option<Arc<Inode>>> {
-        let _exclusive = dir.rwsem.write();
-        let (slot, child) = self.find_removable(dir, name)?;
+        let mut names = self.lock_names(dir);
+        let (slot, child) = self.find_removable(dir, name, &mut names)?;
         if !child.is_dir() {
             return Err(Errno::ENOTDIR.into());
         }

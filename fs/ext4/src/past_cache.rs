@@ -76,6 +76,13 @@ impl Pace {
     }
 }
 
+impl Inode {
+    /// Whether a large write is under way.
+    pub(crate) fn has_large_write(&self) -> bool {
+        self.data.large_write.try_lock().is_none()
+    }
+}
+
 impl Ext4 {
     /// Whether a write of data that lies in whole pages may go past the cache.
     fn may_pass_cache(&self, inode: &Inode, offset: u64, data: &[u8]) -> bool {

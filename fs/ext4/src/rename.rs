@@ -147,8 +147,8 @@ impl Ext4 {
                 || (!t.above_from.contains(&to.dir.ino) && from.dir.ino < to.dir.ino)
         });
         let (first, second) = if from_first { (from.dir, to.dir) } else { (to.dir, from.dir) };
-        let _first = first.rwsem.write();
-        let _second = tree.map(|_| second.rwsem.write());
+        let _first = self.lock_names(first);
+        let _second = tree.map(|_| self.lock_names(second));
 
         let Some(mut source) = self.find_side(from)? else { return Err(Errno::ENOENT.into()) };
         let mut target = self.find_side(to)?;

@@ -178,12 +178,11 @@ impl Ext4 {
             self.journal_segments(inode, &mut batch.pages, segments, size, &mut first_error);
         } else if mutant!("mapping-before-data") {
             // As if nobody waited for the data: a commit comes before it.
-            let Batch { pages, segments, set, .. } = &*batch;
-            let late = segments.iter().map(|s| self.data_bio(set, pages, s, 0).0).collect();
-            let Batch { pages, segments, group, .. } = &mut *batch;
+            let Batch { pages, segments, group, bios, failed, set, .. } = &mut *batch;
+            self.queue_data(set, pages, segments, bios, failed);
             self.map_segments(inode, pages, segments, group, size, &mut first_error);
             self.journal.commit_all()?;
-            self.buffers.device().submit_bios_wait(late);
+            self.submit_data(bios, failed);
         } else {
             self.write_segments(inode, batch, &mut first_error);
             let Batch { pages, segments, group, .. } = &mut *batch;
@@ -335,7 +334,8 @@ impl Ext4 {
     }
 
     /// Adds the writes of segments to `bios`, and a place for each segment's result to `failed`;
-    /// submits what fills a batch.
+    /// submits what fills a batch. A segment that begins where the last bio ends goes on in that
+    /// bio, so that neighbours on the disk are one request, of whatever file they are.
     pub(crate) fn queue_data(
         &self,
         set: &BioSet,
@@ -345,16 +345,26 @@ impl Ext4 {
         failed: &mut Vec<Option<BlkStatus>>,
     ) {
         for segment in segments {
-            let index = failed.len();
+            let index = failed.len() as u64;
             failed.push(None);
             let mut skip = 0;
             while skip < segment.len {
-                let (mut bio, len) = self.data_bio(set, pages, segment, skip);
-                bio.set_private(index as u64);
-                bios.push(bio);
-                skip += len;
-                if bios.len() == BATCH_BIOS {
-                    self.submit_data(bios, failed);
+                let sector = self.sector_of(segment.start() + u64::from(skip));
+                let goes_on = bios.last().is_some_and(|last| {
+                    last.end_sector() == sector && last.vecs().len() < BIO_PAGES
+                });
+                if !goes_on {
+                    if bios.len() == BATCH_BIOS {
+                        self.submit_data(bios, failed);
+                    }
+                    let mut bio = set.alloc(BioOp::Write, BioFlags::empty(), sector);
+                    bio.set_private(index);
+                    bios.push(bio);
+                }
+                if let Some(bio) = bios.last_mut() {
+                    skip += self.add_data(bio, pages, segment, skip);
+                    // At most as many segments as a batch has blocks.
+                    bio.set_private(bio.private() & 0xffff_ffff | index << 32);
                 }
             }
         }
@@ -397,21 +407,22 @@ impl Ext4 {
         }
         self.buffers.device().submit_batch_wait(bios);
         for bio in bios.drain(..) {
-            // The number was given to the bio by `write_segments`.
-            let status = &mut failed[bio.private() as usize];
-            *status = status.or(bio.status().err());
+            let Err(status) = bio.status() else { continue };
+            // The first and the last of its segments, from `queue_data`.
+            let (first, last) = (bio.private() & 0xffff_ffff, bio.private() >> 32);
+            for of_segment in &mut failed[first as usize..=last as usize] {
+                of_segment.get_or_insert(status);
+            }
         }
     }
 
-    /// The write of a segment from its `skip`th block on, from the pages' own memory, and how many
-    /// blocks that are.
-    fn data_bio(&self, set: &BioSet, pages: &[Page], segment: &Segment, skip: u32) -> (Bio, u32) {
+    /// Adds a segment's memory from its `skip`th block on to a write, the pages' own; how many
+    /// blocks went in.
+    fn add_data(&self, bio: &mut Bio, pages: &[Page], segment: &Segment, skip: u32) -> u32 {
         let block_size = u64::from(self.block_size());
         // Without a journal a freed block of metadata is free at once.
         let place = segment.start().0;
         self.buffers.wait_for_forgotten(place + u64::from(skip)..place + u64::from(segment.len));
-        let sector = self.sector_of(segment.start() + u64::from(skip));
-        let mut bio = set.alloc(BioOp::Write, BioFlags::empty(), sector);
         let start = u64::from(segment.logical + skip) * block_size;
         let end = u64::from(segment.logical + segment.len) * block_size;
         let (mut offset, first) = (start, start / PAGE);
@@ -425,7 +436,7 @@ impl Ext4 {
             at += 1;
         }
         // No more than the segment's own blocks.
-        (bio, ((offset - start) / block_size) as u32)
+        ((offset - start) / block_size) as u32
     }
 
     /// A segment that is not mapped: its blocks are delayed again, with their reservation.

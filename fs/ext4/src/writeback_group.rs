@@ -1,10 +1,11 @@
 //! Writing many small files together.
 //!
 //! One file at a time costs a wait for the disk each. Here the data of many files goes down
-//! with one batch of bios, and since neighbours get neighbouring blocks, with few requests;
-//! then each file is mapped as [`crate::writeback`] maps one, its size in the handle that maps
-//! its blocks. What holds for one file holds here: a transaction refers only to data that has
-//! been written.
+//! with one batch of bios, and since neighbours get neighbouring blocks, with few requests,
+//! which they share; then each file is mapped as [`crate::writeback`] maps one, its size in the
+//! handle that maps its blocks. What holds for one file holds here: a transaction refers only to
+//! data that has been written. Files whose common request failed are written again one by one,
+//! so that a bad spot costs the file that lies there and no other.
 //!
 //! Only a sync does this: it needs memory for the list of files, which the flusher, who
 //! writes when there is none, must do without.
@@ -14,9 +15,10 @@
 //! pages of one file while waiting for those of another is safe: whoever has a page
 //! exclusively waits for the disk, not for pages of another file.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use uext_blockdev::mutant;
+use uext_blockdev::{BlkStatus, mutant};
 use uext_sync::MutexGuard;
 
 use crate::batch::{BATCH_PAGES, Batch, Page};
@@ -38,7 +40,7 @@ struct File<'a> {
     pages: Vec<Page>,
     segments: Vec<Segment>,
     /// Where the results of its segments are.
-    results: std::ops::Range<usize>,
+    results: Range<usize>,
     /// The first failure.
     error: Option<Error>,
 }
@@ -115,8 +117,19 @@ impl Ext4 {
             file.results = from..failed.len();
         }
         self.submit_data(bios, failed);
+        let has_failed = |failed: &[Option<BlkStatus>], results: &Range<usize>| {
+            failed[results.clone()].iter().any(Option::is_some)
+        };
+        let suspects = files.iter().filter(|file| has_failed(failed, &file.results)).count();
         for file in files {
             let File { inode, pages, segments, size, results, error, .. } = file;
+            if suspects > 1 && has_failed(failed, results) {
+                // It may have shared the request of the one whose fault it is.
+                let from = failed.len();
+                self.queue_data(set, pages, segments, bios, failed);
+                self.submit_data(bios, failed);
+                *results = from..failed.len();
+            }
             let mut statuses = failed[results.clone()].iter().copied();
             self.drop_failed(inode, pages, segments, || statuses.next().flatten(), error);
             self.map_segments(inode, pages, segments, group, *size, error);

@@ -172,11 +172,19 @@ pub fn set_runs(map: &[u8], start: u32, end: u32) -> impl Iterator<Item = BitRun
     })
 }
 
-/// First run of at least `len` clear bits in `start..end`; its length is exactly `len`.
+/// First run of at least `len` clear bits in `start..end`; its length is exactly `len`. Looks at
+/// no more of a run than that.
 pub fn find_zero_run(map: &[u8], start: u32, end: u32, len: u32) -> Option<BitRun> {
-    zero_runs(map, start, end)
-        .find(|run| run.len >= len)
-        .map(|run| BitRun { start: run.start, len: len.max(1) })
+    let (end, len) = (end.min(bits(map)), len.max(1));
+    let mut next = start;
+    loop {
+        let first = find_next_zero(map, next, end)?;
+        let stop = first.checked_add(len).filter(|stop| *stop <= end)?;
+        match find_next_set(map, first, stop) {
+            Some(set) => next = set,
+            None => return Some(BitRun { start: first, len }),
+        }
+    }
 }
 
 /// Masks for the edge bytes of `start..start+len` and the range of whole bytes between.
@@ -299,6 +307,16 @@ mod tests {
             prop_assert_eq!(find_prev_zero(&map, a, b), prev);
             prop_assert_eq!(count_set(&map, b), (0..end).filter(|&bit| naive(&map, bit)).count() as u32);
             prop_assert_eq!(count_zero(&map, b), (0..end).filter(|&bit| !naive(&map, bit)).count() as u32);
+        }
+
+        #[test]
+        fn the_first_run_that_is_long_enough_is_found(
+            map in maps(), a in 0u32..600, b in 0u32..600, len in 0u32..100,
+        ) {
+            let (end, len) = (b.min(map.len() as u32 * 8), len.max(1));
+            let fits = |start: u32| start + len <= end && (start..start + len).all(|bit| !naive(&map, bit));
+            let first = (a..end).find(|&start| fits(start)).map(|start| BitRun { start, len });
+            prop_assert_eq!(find_zero_run(&map, a, b, len), first);
         }
 
         #[test]

@@ -67,6 +67,8 @@ pub(crate) struct Slab {
     heads: AtomicU64,
     /// Whether the pool's `partial` list has it. [pool mutex] WHY-RELAXED: the mutex orders it.
     listed: AtomicBool,
+    /// Its memory has not been asked for yet. WHY-RELAXED: asking twice changes nothing.
+    fresh: AtomicBool,
     slots: [Slot; SLAB_PAGES],
 }
 
@@ -78,8 +80,17 @@ impl Slab {
             used: AtomicU64::new(0),
             heads: AtomicU64::new(0),
             listed: AtomicBool::new(true),
+            fresh: AtomicBool::new(true),
             slots: std::array::from_fn(|_| Slot::default()),
         })
+    }
+
+    /// Has the kernel give the memory at once, not page by page as each is first used. Not
+    /// under the pool's mutex: it takes a while.
+    fn populate(&self) {
+        if self.fresh.load(Ordering::Relaxed) && self.fresh.swap(false, Ordering::Relaxed) {
+            self.memory.populate();
+        }
     }
 
     /// First page of a free run of `pages` pages, aligned to its length.
@@ -184,6 +195,7 @@ impl FramePool {
         let mut frames = Vec::with_capacity(count);
         while frames.len() < count {
             let (slab, mut pages) = self.slabs.lock().take(count - frames.len());
+            slab.populate();
             while pages != 0 {
                 let first = pages.trailing_zeros() as usize;
                 pages &= pages - 1;
@@ -221,6 +233,8 @@ impl FramePool {
         });
         let (slab, first) = found.unwrap_or_else(|| (slabs.grow(), 0));
         slabs.mark_used(&slab, run_mask(first, pages), 1 << first);
+        drop(slabs);
+        slab.populate();
         (slab, first)
     }
 
