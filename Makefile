@@ -102,9 +102,11 @@ fuzz: ## Build the fuzz targets (cargo-fuzz)
 	cd tests/fuzz && $(CARGO) fuzz build -s none
 
 bench: all ## Compare with kernel ext4 and fuse2fs (root)
+	@$(CARGO) build --release --locked --quiet -p uext-fuse --example nullfs
 	@tests/scripts/bench.sh $(UEXT) $(BENCH_ARGS)
 
 bench-readme: all ## `make bench`, and its picture becomes the README's (root)
+	@$(CARGO) build --release --locked --quiet -p uext-fuse --example nullfs
 	@tests/scripts/bench.sh $(UEXT) --readme $(BENCH_ARGS)
 
 bench-dev: all ## The engines of the block layer against fio, on a file and a loop device (ten minutes)

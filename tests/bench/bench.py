@@ -6,6 +6,9 @@ workload on each in turn, in another order each round, so that a machine whose s
 drifts is unfair to none.  After the round each is unmounted and `e2fsck -fn` must find
 nothing.  Shown are medians, the spread, and the median of the rounds' ratios.
 
+With --null there is one more peer where names count and not data: a filesystem in memory
+behind uext's own FUSE transport.  What it reaches is what FUSE leaves to any filesystem.
+
 A filesystem is an entry in FILESYSTEMS or in a JSON file given with --define:
 {"name": {"mkfs": "...", "mount": "...", "umount": "..."}}; {img}, {mnt} and {uext} are
 filled in.  Needs root, fio, sqlite3, tar and e2fsprogs; a peer that is missing is left
@@ -36,6 +39,13 @@ FILESYSTEMS = {
                  " losetup -d $d; exit $r",
         "umount": "umount {mnt}",
     },
+    "null": {
+        "mkfs": "true",
+        "mount": "{null} {mnt} </dev/null >/dev/null 2>&1 &",
+        "umount": "umount {mnt}",
+        # Nothing of it lies in an image.
+        "memory": True,
+    },
     "fuse2fs": {
         "mkfs": MKFS,
         "mount": "fuse2fs {img} {mnt} -o rw,allow_other,default_permissions",
@@ -55,6 +65,7 @@ class Mount:
     def __init__(self, name, commands, work, values):
         self.name, self.commands = name, commands
         self.image, self.directory = f"{work}/{name}.img", f"{work}/{name}.mnt"
+        self.in_memory = commands.get("memory", False)
         self.values = {**values, "img": self.image, "mnt": self.directory}
         os.makedirs(self.directory, exist_ok=True)
         if os.path.exists(self.image):
@@ -74,6 +85,8 @@ class Mount:
     def finish(self):
         """Unmounts and checks; what is wrong, or None."""
         self.run("umount")
+        if self.in_memory:
+            return None
         # The daemon of a peer may still write after umount(8) has returned.
         text = ""
         for _ in range(100):
@@ -117,6 +130,7 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--uext", default="uext", help="the program")
+    parser.add_argument("--null", help="the program of the filesystem in memory")
     parser.add_argument("--options", default="allow_other,default_permissions",
                         help="mount options of uext")
     parser.add_argument("--fs", nargs="*", help="which filesystems; the last is the subject")
@@ -144,6 +158,8 @@ def run_round(number, names, filesystems, work, values, context, workloads, resu
             # Another one begins each time: what ran before leaves its traces.
             turn = number % max(1, len(mounts))
             for mount in mounts[turn:] + mounts[:turn]:
+                if mount.in_memory and not workload.names:
+                    continue
                 # What one has left to be written is not written while the next is timed.
                 os.sync()
                 if workload.cold:
@@ -243,10 +259,13 @@ def main():
     if arguments.define:
         with open(arguments.define) as file:
             filesystems.update(json.load(file))
+    if not arguments.null:
+        del filesystems["null"]
     names = arguments.fs or list(filesystems)
     workloads = chosen(arguments.work)
     results, work = Results(), tempfile.mkdtemp(prefix="uext-bench-", dir=arguments.dir)
-    values = {"size": arguments.size, "uext": arguments.uext, "options": arguments.options}
+    values = {"size": arguments.size, "uext": arguments.uext, "null": arguments.null,
+              "options": arguments.options}
     lines = machine()
     try:
         tree = Tree(f"{work}/tree.tar", 12000 // arguments.divide)

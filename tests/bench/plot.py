@@ -24,7 +24,7 @@ def svg(ratio, subject, peers, workloads, machine):
            'font-family="sans-serif" font-size="11">',
            f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
            f'<text x="12" y="20" font-size="15">{escape(subject)} against '
-           f'{escape(" and ".join(peers))}; to the right of 1 is faster</text>']
+           f'{escape(", ".join(peers))}; to the right of 1 is faster</text>']
     for n, peer in enumerate(peers):
         out.append(f'<rect x="{12 + n * 130}" y="30" width="12" height="10" '
                    f'fill="{COLOURS[n % len(COLOURS)]}"/>'

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Compares uext with kernel ext4 and fuse2fs: bench.sh UEXT [--readme] [arguments of bench.py].
+# Compares uext with kernel ext4, fuse2fs and, where it is built, the filesystem in memory of
+# fs/fuse/examples: bench.sh UEXT [--readme] [arguments of bench.py].
 # The report is printed and goes to target/bench.md; figures and a picture go to bench.json and
 # bench.svg there. With --readme the picture of a run without failures becomes the README's.
 set -eu
@@ -27,6 +28,8 @@ if [ -n "$missing" ]; then
 fi
 export PYTHONDONTWRITEBYTECODE=1
 out=$(dirname "$(dirname "$uext")")
+null=$out/release/examples/nullfs
+[ ! -x "$null" ] || set -- --null "$null" "$@"
 python3 "$here/../bench/bench.py" --uext "$uext" --json "$out/bench.json" --svg "$out/bench.svg" \
     --report "$out/bench.md" "$@"
 [ -z "$readme" ] || cp "$out/bench.svg" "$readme"
