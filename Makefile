@@ -109,7 +109,7 @@ bench-readme: all ## `make bench`, and its picture becomes the README's (root)
 	@$(CARGO) build --release --locked --quiet -p uext-fuse --example nullfs
 	@tests/scripts/bench.sh $(UEXT) --readme $(BENCH_ARGS)
 
-bench-dev: all ## The engines of the block layer against fio, on a file and a loop device (ten minutes)
+bench-dev: all ## The engines of the block layer against fio, on a file and a loop device (a quarter of an hour)
 	@PYTHONDONTWRITEBYTECODE=1 tests/bench/engines.py --uext $(UEXT) --json $(dir $(UEXT))../bench-dev.json $(BENCH_DEV_ARGS)
 
 bench-micro: ## Time the hot parts alone (criterion)

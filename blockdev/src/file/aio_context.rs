@@ -23,8 +23,6 @@ const CMD_PWRITE: u16 = 1;
 const CMD_PREADV: u16 = 7;
 /// `IOCB_CMD_PWRITEV`.
 const CMD_PWRITEV: u16 = 8;
-/// `IOCB_FLAG_RESFD`: signal an eventfd.
-const FLAG_RESFD: u32 = 1;
 /// Events one `io_getevents` takes.
 const EVENTS: usize = 32;
 
@@ -66,11 +64,17 @@ impl Iocb {
         iocb
     }
 
-    /// Has the kernel signal `eventfd` at the end, and adds `nowait` (`RWF_NOWAIT` or
-    /// nothing) to the request's flags.
-    pub(super) fn signal(&mut self, eventfd: RawFd, nowait: i32) {
-        self.0.aio_flags = FLAG_RESFD;
-        self.0.aio_resfd = eventfd.cast_unsigned();
+    /// A read of no bytes: it completes at once.
+    pub(super) fn nothing(fd: RawFd, data: u64) -> Self {
+        let mut iocb = Self::empty();
+        iocb.0.aio_data = data;
+        iocb.0.aio_fildes = fd.cast_unsigned();
+        iocb.0.aio_lio_opcode = CMD_PREAD;
+        iocb
+    }
+
+    /// Adds `nowait` (`RWF_NOWAIT` or nothing) to the request's flags.
+    pub(super) fn set_nowait(&mut self, nowait: i32) {
         self.0.aio_rw_flags = (self.0.aio_rw_flags & !libc::RWF_NOWAIT) | nowait;
     }
 }

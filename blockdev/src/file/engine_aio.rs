@@ -2,9 +2,10 @@
 //! from the ring in user space (see [`super::aio_ring`]).
 //!
 //! Threads that don't wait share one context, and a reaper thread completes their
-//! bios: it reads the ring until that is empty, and then sleeps on an eventfd that
-//! the kernel signals for each completion. A thread that waits for a batch has a
-//! context of its own and sleeps in `io_getevents`.
+//! bios: it reads the ring until that is empty, and then sleeps in `io_getevents`. (An
+//! eventfd that the kernel signals for each completion costs a twentieth.) A read of
+//! nothing, which completes at once, tells it to stop. A thread that waits for a batch
+//! has a context of its own.
 //!
 //! `io_submit` itself may block, where the file below must allocate or the device's
 //! queue is full. So on the shared context every request says `RWF_NOWAIT`, and what
@@ -26,17 +27,17 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use uext_sync::Mutex;
 
 use super::EngineQueue;
 use super::aio_context::{AioContext, Iocb};
+use super::aio_ring::IoEvent;
 use super::batch::{BATCH_DEPTH, BatchPool, Port};
 use super::engine_sync::{HELPERS, SyncEngine};
 use super::engine_uring::complete;
@@ -50,6 +51,8 @@ use crate::status::BlkResult;
 
 /// Bios in the shared context.
 const DEPTH: u32 = 128;
+/// The data of the request that tells the reaper to stop.
+const STOP: u64 = u64::MAX;
 
 pub(super) struct AioEngine {
     shared: Arc<SharedContext>,
@@ -66,8 +69,6 @@ struct SharedContext {
     helper: SyncEngine,
     sq: Mutex<Requests>,
     taken: SlabQueue,
-    /// Signalled with each completion, and to stop.
-    wake: EventFd,
     /// PAIRS-WITH: the release of `stop` with the acquire of `reap`, which counts after it.
     stopping: AtomicBool,
     /// WHY-RELAXED: a hint; the worst is one more refused call.
@@ -98,12 +99,12 @@ impl AioEngine {
     /// When the kernel has no context left (`aio-max-nr`), or no AIO.
     pub(super) fn new(target: Arc<Target>) -> io::Result<Self> {
         let shared = Arc::new(SharedContext {
-            context: AioContext::new(DEPTH)?,
+            // One place is for the request to stop.
+            context: AioContext::new(DEPTH + 1)?,
             helper: SyncEngine::new(target.clone(), HELPERS),
             sq: Mutex::new(Requests::new(DEPTH)),
             taken: SlabQueue::new(&target, DEPTH),
             target,
-            wake: EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?,
             stopping: AtomicBool::new(false),
             no_nowait: AtomicBool::new(false),
         });
@@ -208,7 +209,7 @@ impl SharedContext {
         let mut done = 0;
         while done < ready.len() {
             for index in &ready[done..] {
-                iocbs[*index as usize].signal(self.wake.as_fd().as_raw_fd(), rwf);
+                iocbs[*index as usize].set_nowait(rwf);
             }
             // SAFETY: a flight keeps its memory until its completion has been seen, and
             // the flights whose requests are ready belong to this submission.
@@ -235,23 +236,24 @@ impl SharedContext {
 
     /// The reaper's life: until it is told to stop and nothing is left.
     fn reap(&self) {
+        // SAFETY: this is the reaper, the context's only reader.
+        let mut completions = unsafe { self.context.completions() };
+        let mut events = Vec::with_capacity(DEPTH as usize + 1);
         let mut done = Vec::with_capacity(DEPTH as usize);
         let mut blocked = Vec::with_capacity(DEPTH as usize);
         loop {
             // First, so that what the submitters saw of `stopping` is in the count.
             let stopping = self.stopping.load(Ordering::Acquire); // PAIRS-WITH: stop
-            self.collect(&mut done, &mut blocked);
-            if done.is_empty() && blocked.is_empty() {
-                if stopping && self.taken.lock().is_idle() {
+            let over = stopping && self.taken.lock().is_idle();
+            events.extend(std::iter::from_fn(|| completions.next()));
+            if events.is_empty() {
+                if over {
                     return;
                 }
-                if let Err(errno) = self.wake.read()
-                    && errno != nix::errno::Errno::EINTR
-                {
-                    log::warn!("eventfd: {errno}; trying again");
-                    thread::sleep(Duration::from_millis(1));
-                }
+                completions.wait(1);
+                continue;
             }
+            self.land(&mut events, &mut done, &mut blocked);
             for bio in blocked.drain(..) {
                 self.helper.take_over(bio);
             }
@@ -267,13 +269,15 @@ impl SharedContext {
         }
     }
 
-    /// Takes completions out of the ring: bios that are done, and those that would
-    /// have blocked.
-    fn collect(&self, done: &mut Vec<(Bio, BlkResult<()>)>, blocked: &mut Vec<Bio>) {
-        // SAFETY: only the reaper calls this, so it is the context's only reader.
-        let mut events = unsafe { self.context.completions() };
+    /// Ends the flights of completions: bios that are done, and those that would have blocked.
+    fn land(
+        &self,
+        events: &mut Vec<IoEvent>,
+        done: &mut Vec<(Bio, BlkResult<()>)>,
+        blocked: &mut Vec<Bio>,
+    ) {
         let mut slab = self.taken.lock();
-        while let Some(event) = events.next() {
+        for event in events.drain(..).filter(|event| event.data != STOP) {
             // The index came from `pump`, the result is an int in the kernel.
             let (index, result) = (event.data as u32, event.res as i32);
             if result == -libc::EAGAIN {
@@ -300,8 +304,11 @@ impl SharedContext {
                 let _ = self.context.cancel(&sq.iocbs[index]);
             }
         }
-        if let Err(errno) = self.wake.write(1) {
-            log::error!("eventfd: {errno}; the reaper may not stop");
+        let mut nothing = [Iocb::nothing(self.target.fd(), STOP)];
+        // SAFETY: the request has no memory.
+        while let Err(error) = unsafe { self.context.submit(&mut nothing, &[0]) } {
+            log::warn!("io_submit, to stop: {error}; trying again");
+            thread::sleep(Duration::from_millis(1));
         }
     }
 }
