@@ -68,7 +68,8 @@ impl Ext4 {
         if self.is_inline(dir) {
             return;
         }
-        let mut place = self.last_searches.place(dir).lock();
+        // What another thread keeps meanwhile is as good.
+        let Some(mut place) = self.last_searches.place(dir).try_lock() else { return };
         let mut kept = place.take().map_or_else(Vec::new, |last| last.name);
         kept.clear();
         kept.extend_from_slice(name);
