@@ -2,9 +2,8 @@
 //! from the ring in user space (see [`super::aio_ring`]).
 //!
 //! Threads that don't wait share one context, and a reaper thread completes their
-//! bios: it reads the ring until that is empty, and then sleeps in `io_getevents`. (An
-//! eventfd that the kernel signals for each completion costs a twentieth.) A read of
-//! nothing, which completes at once, tells it to stop. A thread that waits for a batch
+//! bios: it reads the ring until that is empty, and then sleeps in `io_getevents`. A read
+//! of nothing, which completes at once, tells it to stop. A thread that waits for a batch
 //! has a context of its own.
 //!
 //! `io_submit` itself may block, where the file below must allocate or the device's
@@ -305,9 +304,12 @@ impl SharedContext {
             }
         }
         let mut nothing = [Iocb::nothing(self.target.fd(), STOP)];
+        let mut complained = false;
         // SAFETY: the request has no memory.
         while let Err(error) = unsafe { self.context.submit(&mut nothing, &[0]) } {
-            log::warn!("io_submit, to stop: {error}; trying again");
+            if !std::mem::replace(&mut complained, true) {
+                log::warn!("io_submit, to stop: {error}; trying again");
+            }
             thread::sleep(Duration::from_millis(1));
         }
     }

@@ -109,3 +109,37 @@ fn a_bad_spot_fails_its_own_file_alone() {
         disk.check();
     }
 }
+
+/// A write that fails once and is nobody else's is told: by the sync, and once by fsync.
+#[test]
+fn a_write_of_one_file_that_failed_is_told_and_tried_again() {
+    let disk = Disk::new(image(64, EXT4, &[]), &options(Some(DataMode::Ordered)));
+    let (ino, data) = (disk.create(&name(0)), pattern(1, 5000));
+    disk.write(ino, 0, &data).unwrap();
+    disk.fail(Ops::WRITE, When::Nth(1));
+    assert_eq!(disk.fs.sync(), Err(Errno::EIO));
+    let fsync = || disk.fs.fsync(&ROOT, ino, FH, false);
+    assert_eq!((fsync(), fsync()), (Err(Errno::EIO), Ok(())));
+    recovered(disk.power_cut(), |fs| assert!(read(fs, self::ino(fs, &name(0))) == data));
+    disk.check();
+}
+
+/// A request of several files that fails once is written again, file by file, before the sync
+/// says that all is well.
+#[test]
+fn a_request_of_many_files_that_failed_once_is_on_the_disk() {
+    let disk = Disk::new(image(64, EXT4, &[]), &options(Some(DataMode::Ordered)));
+    for n in 0..60 {
+        let ino = disk.create(&name(n));
+        disk.write(ino, 0, &pattern(n as u64, 5000)).unwrap();
+    }
+    disk.fail(Ops::WRITE, When::Nth(1));
+    disk.fs.sync().unwrap();
+    assert_eq!(disk.flakey.counts().struck, 1);
+    recovered(disk.power_cut(), |fs| {
+        for n in 0..60 {
+            assert!(read(fs, ino(fs, &name(n))) == pattern(n as u64, 5000), "file {n}");
+        }
+    });
+    disk.check();
+}
