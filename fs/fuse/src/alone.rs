@@ -7,7 +7,7 @@
 //! the one doesn't look, and is not woken by any after that.
 //!
 //! They are back when the one is to serve what takes long, when requests have waited for
-//! it, and when it has taken none for [`GUARD`], which one of those that rest watches: whatever
+//! it (but not in a [`Crowd`], where the others would be of no use), and when it has taken none for [`GUARD`], which one of those that rest watches: whatever
 //! holds up the one does so to nobody else for more than twice that.
 //!
 //! Locks: `state`, a leaf.
@@ -16,6 +16,8 @@ use std::time::Duration;
 
 use uext_sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use uext_sync::{Condvar, Mutex};
+
+use crate::crowd::Crowd;
 
 /// How often it is looked whether a request holds up all others.
 const GUARD: Duration = Duration::from_millis(2);
@@ -125,21 +127,32 @@ pub(crate) struct Lonely {
     need: u32,
     /// Requests since it was alone; `None`: it isn't.
     spell: Option<u32>,
+    crowd: Crowd,
 }
 
 impl Lonely {
     pub fn new() -> Self {
-        Self { pressure: FEW, need: FEW, spell: None }
+        Self::among(Crowd::new())
     }
 
-    /// A request was taken.
-    pub fn took(&mut self, alone: &Alone) {
+    fn among(crowd: Crowd) -> Self {
+        Self { pressure: FEW, need: FEW, spell: None, crowd }
+    }
+
+    /// A request of thread `client` was taken.
+    pub fn took(&mut self, alone: &Alone, client: u32) {
+        self.crowd.took(client);
         let Some(spell) = &mut self.spell else { return };
         *spell = spell.saturating_add(1);
         alone.taken.fetch_add(1, Ordering::Relaxed); // WHY-RELAXED: see there
         if !alone.is_on() {
             self.stop(alone);
         }
+    }
+
+    /// The request was served.
+    pub fn served(&mut self) {
+        self.crowd.served();
     }
 
     /// Whether what comes is left to others, so that they rest after it.
@@ -150,7 +163,7 @@ impl Lonely {
 
     /// It was found by looking, and had waited for that or not.
     pub fn found(&mut self, alone: &Alone, waited: bool) {
-        if waited {
+        if waited && !self.crowd.is_there() {
             self.pressure = (self.pressure + WAITED).min(self.need);
             if self.pressure >= FEW {
                 self.stop(alone);
@@ -220,7 +233,7 @@ mod tests {
     fn until_alone(lonely: &mut Lonely, alone: &Alone) -> u32 {
         let mut count = 0;
         while !alone.is_on() {
-            lonely.took(alone);
+            lonely.took(alone, 1);
             lonely.found(alone, false);
             count += 1;
             assert!(count <= 2 * MANY);
@@ -230,7 +243,7 @@ mod tests {
 
     #[test]
     fn others_rest_while_requests_are_found_and_are_back_when_they_waited() {
-        let (alone, mut lonely) = (unguarded(2), Lonely::new());
+        let (alone, mut lonely) = (unguarded(2), Lonely::among(Crowd::default()));
         beside_two(&alone, |awake| {
             awake.recv_timeout(LONG).unwrap();
             assert_eq!(until_alone(&mut lonely, &alone), FEW);
@@ -240,7 +253,7 @@ mod tests {
             let begin = Instant::now();
             awake.try_iter().for_each(drop);
             while begin.elapsed() < A_WHILE {
-                lonely.took(&alone);
+                lonely.took(&alone, 1);
                 // One in sixteen is bad luck.
                 for waited in 0..16 {
                     lonely.found(&alone, waited == 0);
@@ -257,7 +270,7 @@ mod tests {
 
     #[test]
     fn others_are_back_when_the_one_takes_no_request() {
-        let (alone, mut lonely) = (Alone::new(2), Lonely::new());
+        let (alone, mut lonely) = (Alone::new(2), Lonely::among(Crowd::default()));
         beside_two(&alone, |awake| {
             until_alone(&mut lonely, &alone);
             let begin = Instant::now();
@@ -273,17 +286,33 @@ mod tests {
 
     #[test]
     fn who_is_not_left_alone_for_long_waits_for_longer() {
-        let (alone, mut lonely) = (unguarded(1), Lonely::new());
+        let (alone, mut lonely) = (unguarded(1), Lonely::among(Crowd::default()));
         for need in [FEW, 2 * FEW, 4 * FEW] {
             assert_eq!(until_alone(&mut lonely, &alone), need);
             lonely.stop(&alone);
         }
         assert_eq!(until_alone(&mut lonely, &alone), 8 * FEW);
         for _ in 0..SHORT {
-            lonely.took(&alone);
+            lonely.took(&alone, 1);
         }
         lonely.stop(&alone);
         assert_eq!(until_alone(&mut lonely, &alone), FEW);
+    }
+
+    #[test]
+    fn a_crowd_is_served_alone_though_it_waits() {
+        let (alone, mut lonely) = (unguarded(1), Lonely::among(Crowd::that_is_there()));
+        for _ in 0..FEW {
+            assert!(!alone.is_on());
+            lonely.found(&alone, true);
+        }
+        assert!(alone.is_on());
+        lonely.crowd = Crowd::default();
+        for _ in 0..FEW / WAITED {
+            assert!(alone.is_on());
+            lonely.found(&alone, true);
+        }
+        assert!(!alone.is_on());
     }
 
     #[test]
@@ -292,7 +321,7 @@ mod tests {
             if close {
                 alone.close();
             }
-            let mut lonely = Lonely::new();
+            let mut lonely = Lonely::among(Crowd::default());
             for _ in 0..2 * FEW {
                 lonely.found(&alone, false);
             }

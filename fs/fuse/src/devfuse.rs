@@ -179,7 +179,7 @@ impl Looking {
 
     /// A request was taken; if by looking, it had waited or not.
     fn took(&mut self, alone: &Alone, message: &[u8], waited: Option<bool>) {
-        self.lonely.took(alone);
+        self.lonely.took(alone, request::client(message));
         let asks = request::is_waited_for(message);
         if let Some(waited) = waited {
             // A client does not wait for the end of some messages before it asks again.
@@ -260,11 +260,15 @@ impl Served<'_> {
             let message = &buffers.request[buffers.start..buffers.start + len];
             looking.took(&self.control.alone, message, waited);
         }
-        let device = match looking {
+        let device = match &*looking {
             Some(looking) if waited.is_some() => &looking.quick,
             _ => *device,
         };
-        match serve_one(device, self.dispatcher, &self.control.stand_ins, buffers, len) {
+        let result = serve_one(device, self.dispatcher, &self.control.stand_ins, buffers, len);
+        if let Some(looking) = looking {
+            looking.lonely.served();
+        }
+        match result {
             Ok(()) => {}
             // The connection is gone, and with it who asked; so nobody counts lookups.
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(false),

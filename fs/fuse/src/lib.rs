@@ -14,6 +14,7 @@ mod attr_readers;
 mod awake;
 mod caller;
 pub mod control;
+mod crowd;
 mod devfuse;
 pub mod dispatch;
 mod foresight;

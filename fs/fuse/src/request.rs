@@ -65,6 +65,11 @@ fn opcode(message: &[u8]) -> Option<(Opcode, &[u8])> {
     Some((Opcode::from_wire(header.opcode)?, rest))
 }
 
+/// The thread that a message is from; 0 is the kernel.
+pub(crate) fn client(message: &[u8]) -> u32 {
+    InHeader::read_from_prefix(message).map_or(0, |(header, _)| header.pid)
+}
+
 /// Whether somebody waits for the answer to a message.
 pub(crate) fn is_waited_for(message: &[u8]) -> bool {
     use Opcode::{BatchForget, Forget, Interrupt, Release, Releasedir};
