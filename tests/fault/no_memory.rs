@@ -75,6 +75,8 @@ static COUNTING: Counting = Counting;
 const ROOT: Context = Context { uid: 0, gid: 0, pid: 0, umask: 0o022 };
 const FH: FileHandle = FileHandle(0);
 const FILES: u64 = 24;
+/// Files that the flusher writes together.
+const SMALL: u64 = 400;
 /// Rounds of dirtying and syncing; together they fill the log more than once.
 const ROUNDS: u32 = 12;
 /// What may still grow once: a list that holds more bios than ever before.
@@ -143,6 +145,7 @@ fn run(kind: Kind, engine: Engine) {
             fs.fsync(&ROOT, ino, FH, false).expect("fsync");
         }
     };
+    let small: Vec<_> = (0..SMALL).map(|index| make(FILES + index)).collect();
     // Threads start, and what is kept for each thread that waits reaches its size.
     for _ in 0..4 {
         dirty(&fs, &files, &mut rng);
@@ -168,6 +171,9 @@ fn run(kind: Kind, engine: Engine) {
     let large = vec![1; 1 << 20];
     let count = armed(&format!("{name}: the flusher"), || {
         LOOKING.set(true);
+        for &ino in &small {
+            fs.write(&ROOT, ino, FH, 0, &large[..5000], WriteFlags::empty()).expect("write");
+        }
         for (at, &ino) in files.iter().enumerate() {
             let offset = (16 << 20) + at as u64;
             fs.write(&ROOT, ino, FH, offset, &large, WriteFlags::empty()).expect("write");

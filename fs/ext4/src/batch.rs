@@ -41,6 +41,9 @@ pub(crate) struct Batch {
     pub failed: Vec<Option<BlkStatus>>,
     pub bios: Vec<Bio>,
     pub set: BioSet,
+    /// Pages and segments of all files that are written together; those above are of one.
+    pub all_pages: Vec<Page>,
+    pub all_segments: Vec<Segment>,
 }
 
 /// The batches of a filesystem.
@@ -64,6 +67,8 @@ impl Batch {
             failed: Vec::with_capacity(blocks),
             bios: Vec::with_capacity(BATCH_BIOS),
             set: BioSet::reserve_only(BATCH_BIOS, BIO_PAGES),
+            all_pages: Vec::with_capacity(BATCH_PAGES),
+            all_segments: Vec::with_capacity(blocks),
         }
     }
 
@@ -76,5 +81,7 @@ impl Batch {
         self.group.clear();
         self.failed.clear();
         self.bios.clear();
+        self.all_pages.clear();
+        self.all_segments.clear();
     }
 }

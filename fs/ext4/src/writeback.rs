@@ -107,6 +107,13 @@ impl AddressSpaceOps for Inode {
             as_writeback_error(&error)
         })
     }
+
+    fn write_together(&self, mappings: &mut dyn Iterator<Item = &Arc<AddressSpace>>) {
+        // Who fails is tried again alone, and told.
+        if let Err(error) = self.fs().and_then(|fs| fs.write_small_mappings(mappings)) {
+            log::debug!("files written together: {error}");
+        }
+    }
 }
 
 fn as_writeback_error(error: &Error) -> WritebackError {

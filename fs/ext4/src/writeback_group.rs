@@ -7,8 +7,7 @@
 //! data that has been written. Files whose common request failed are written again one by one,
 //! so that a bad spot costs the file that lies there and no other.
 //!
-//! Only a sync does this: it needs memory for the list of files, which the flusher, who
-//! writes when there is none, must do without.
+//! Like all of writeback it needs no memory: what is of each file lies in the arrays of the batch.
 //!
 //! Locks: a batch, then `Inode::writeback` of every file by trying only, so that no order of
 //! files matters, then their pages. A file whose lock is taken is left to the caller. Holding
@@ -18,14 +17,16 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
 use uext_blockdev::{BlkStatus, mutant};
+use uext_ondisk::InodeNumber;
+use uext_pagecache::AddressSpace;
 use uext_sync::MutexGuard;
 
 use crate::batch::{BATCH_PAGES, Batch, Page};
 use crate::error::{Error, Result};
 use crate::fs::Ext4;
 use crate::inode::Inode;
-use crate::writeback::Segment;
 
 /// Files written together.
 const GROUP_FILES: usize = 256;
@@ -37,40 +38,53 @@ struct File<'a> {
     inode: &'a Inode,
     _writeback: MutexGuard<'a, ()>,
     size: u64,
-    pages: Vec<Page>,
-    segments: Vec<Segment>,
-    /// Where the results of its segments are.
+    /// Which of the pages, segments and results of all files are its own.
+    pages: Range<usize>,
+    segments: Range<usize>,
     results: Range<usize>,
     /// The first failure.
     error: Option<Error>,
 }
+
+type Files<'a> = SmallVec<[File<'a>; GROUP_FILES]>;
 
 impl Ext4 {
     /// Writes and maps the dirty data of small files among these, many at a time. What is
     /// left, because a file is large or busy, is for the caller.
     ///
     /// # Errors
-    /// The first failure; all were tried. It is in the file's `errseq` too.
+    /// One of the failures; all were tried. It is in the file's `errseq` too.
     pub(crate) fn write_small_files(&self, inodes: &[Arc<Inode>]) -> Result<()> {
         let mut first_error = None;
         let mut rest = inodes.iter();
         loop {
             let mut batch = self.batches.take();
             batch.clear();
-            let (mut files, mut pages) = (Vec::new(), 0);
-            while files.len() < GROUP_FILES && pages + SMALL_PAGES <= BATCH_PAGES {
+            let mut files = Files::new();
+            while files.len() < GROUP_FILES && batch.all_pages.len() + SMALL_PAGES <= BATCH_PAGES {
                 let Some(inode) = rest.next() else { break };
-                if let Some(file) = self.begin_small(inode, &mut batch) {
-                    pages += file.pages.len();
-                    files.push(file);
-                }
+                files.extend(self.begin_small(inode, &mut batch));
             }
             if files.is_empty() {
                 return first_error.map_or(Ok(()), Err);
             }
-            self.write_group(&mut files, &mut batch, &mut first_error);
+            self.write_group(files, &mut batch, &mut first_error);
             batch.clear();
         }
+    }
+
+    /// [`Ext4::write_small_files`] of the files that these pages are of, without memory when they
+    /// are no more than [`GROUP_FILES`].
+    pub(crate) fn write_small_mappings(
+        &self,
+        mappings: &mut dyn Iterator<Item = &Arc<AddressSpace>>,
+    ) -> Result<()> {
+        let find = |mapping: &Arc<AddressSpace>| {
+            let ino = InodeNumber(u32::try_from(mapping.id()).ok()?);
+            self.inodes.find(ino).filter(|inode| Arc::ptr_eq(&inode.mapping, mapping))
+        };
+        let inodes: SmallVec<[Arc<Inode>; GROUP_FILES]> = mappings.filter_map(find).collect();
+        self.write_small_files(&inodes)
     }
 
     /// Locks the dirty pages of a small file and finds places for them.
@@ -81,39 +95,40 @@ impl Ext4 {
             return None;
         }
         let writeback = inode.writeback.try_lock()?;
-        let Batch { folios, runs, .. } = batch;
+        let Batch { folios, runs, pages, segments, all_pages, all_segments, .. } = batch;
         folios.clear();
         runs.clear();
         inode.mapping.dirty_folios_into(0..u64::MAX, SMALL_PAGES + 1, folios);
         if folios.len() > SMALL_PAGES {
             return None;
         }
-        let mut pages: Vec<Page> = folios
-            .drain(..)
-            .map(|folio| Page { guard: folio.begin_writeback(), error: None })
-            .filter(|page| page.guard.dirty() != 0)
-            .collect();
+        let begun = folios.drain(..).map(|folio| folio.begin_writeback());
+        let dirty = begun.filter(|guard| guard.dirty() != 0);
+        pages.extend(dirty.map(|guard| Page { guard, error: None }));
         if pages.is_empty() {
             return None;
         }
         // Read while the pages are locked: what they hold is no shorter than this.
         let size = inode.size();
-        let mut segments = Vec::new();
         let mut error = None;
-        self.plan_pages(inode, &mut pages, runs, &mut segments, size, &mut error);
+        self.plan_pages(inode, pages, runs, segments, size, &mut error);
+        let pages = moved(pages, all_pages);
+        let segments = moved(segments, all_segments);
         Some(File { inode, _writeback: writeback, size, pages, segments, results: 0..0, error })
     }
 
     fn write_group(
         &self,
-        files: &mut [File<'_>],
+        mut files: Files<'_>,
         batch: &mut Batch,
         first_error: &mut Option<Error>,
     ) {
-        let Batch { bios, set, failed, group, .. } = batch;
-        for file in files.iter_mut() {
+        let Batch { bios, set, failed, group, pages, segments, all_pages, all_segments, .. } =
+            batch;
+        for file in &mut files {
             let from = failed.len();
-            self.queue_data(set, &file.pages, &file.segments, bios, failed);
+            let (pages, segments) = (file.pages.clone(), file.segments.clone());
+            self.queue_data(set, &all_pages[pages], &all_segments[segments], bios, failed);
             file.results = from..failed.len();
         }
         self.submit_data(bios, failed);
@@ -121,8 +136,13 @@ impl Ext4 {
             failed[results.clone()].iter().any(Option::is_some)
         };
         let suspects = files.iter().filter(|file| has_failed(failed, &file.results)).count();
-        for file in files {
-            let File { inode, pages, segments, size, results, error, .. } = file;
+        // From the last on, so that what is left of the arrays is that of the others.
+        while let Some(mut file) = files.pop() {
+            let File {
+                inode, size, error, results, pages: of_pages, segments: of_segments, ..
+            } = &mut file;
+            pages.extend(all_pages.drain(of_pages.start..));
+            segments.extend(all_segments.drain(of_segments.start..));
             if suspects > 1 && has_failed(failed, results) {
                 // It may have shared the request of the one whose fault it is.
                 let from = failed.len();
@@ -140,4 +160,11 @@ impl Ext4 {
             }
         }
     }
+}
+
+/// Moves all there is to the end of `all`; where it lies there.
+fn moved<T>(some: &mut Vec<T>, all: &mut Vec<T>) -> Range<usize> {
+    let start = all.len();
+    all.append(some);
+    start..all.len()
 }

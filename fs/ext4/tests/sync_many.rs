@@ -4,6 +4,8 @@
 
 mod modes_common;
 
+use std::time::{Duration, Instant};
+
 use modes_common::*;
 use uext_blockdev::BlkStatus;
 use uext_blockdev::dm::flakey::{Action, Ops, Rule, When};
@@ -72,6 +74,36 @@ fn neighbours_go_down_together() {
     let place = |n: usize| disk.fs.bmap(&ROOT, disk.ino(&name(n)), 0, 4096).unwrap();
     let adjacent = (1..FILES).filter(|&n| place(n) == place(n - 1) + 1).count();
     assert!(adjacent > FILES * 9 / 10, "{adjacent} of {FILES} follow their neighbour");
+    disk.check();
+}
+
+/// So too when nobody syncs, but much is dirty.
+#[test]
+fn the_flusher_writes_neighbours_together() {
+    let args = ["-t", "ext4", "-b", "4096", "-J", "size=4", "-N", "4096"];
+    let disk = Disk::new(image(64, &args, &[]), &options(Some(DataMode::Ordered)));
+    let data = |n: usize| pattern(n as u64, 4096);
+    let files = 2500;
+    for n in 0..files {
+        disk.write(disk.create(&name(n)), 0, &data(n)).unwrap();
+    }
+    let written = || {
+        let log = disk.log.log();
+        let writes = log.entries.iter().filter(|entry| entry.op == LogOp::Write);
+        let pages = writes.map(|entry| entry.bytes as usize / 4096);
+        pages.fold((0, 0), |(requests, all), pages| (requests + 1, all + pages))
+    };
+    let begin = Instant::now();
+    while written().1 < 600 {
+        assert!(begin.elapsed() < Duration::from_secs(30), "a tenth of the cache is dirty");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let (requests, pages) = written();
+    assert!(requests < pages / 10, "{requests} requests for {pages} pages");
+    disk.fs.sync().unwrap();
+    recovered(disk.power_cut(), |fs| {
+        (0..files).for_each(|n| assert!(read(fs, ino(fs, &name(n))) == data(n), "file {n}"));
+    });
     disk.check();
 }
 

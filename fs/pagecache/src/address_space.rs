@@ -80,6 +80,11 @@ pub trait AddressSpaceOps: Send + Sync {
         mapping: &Arc<AddressSpace>,
         wbc: &WritebackControl,
     ) -> Result<u64, WritebackError>;
+
+    /// May write dirty pages of these address spaces, which are dirty and perhaps of the same
+    /// filesystem, with fewer requests than one by one. What is left is written with
+    /// [`AddressSpaceOps::writepages`]. Called as that.
+    fn write_together(&self, _mappings: &mut dyn Iterator<Item = &Arc<AddressSpace>>) {}
 }
 
 /// Pages being written at once for which there is room without an allocation.

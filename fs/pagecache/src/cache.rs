@@ -22,8 +22,11 @@ pub struct CacheConfig {
     /// Most bytes of frames, data and metadata together. Exceeded only as far as pages
     /// that cannot be dropped demand, after a bounded wait.
     pub limit_bytes: usize,
-    /// Per cent of the limit that may be dirty before the flusher starts.
+    /// Per cent of the limit that may be dirty before the flusher starts, and how many bytes at
+    /// most: a disk that has nothing to do while much is dirty makes the next sync wait.
     pub dirty_background_percent: u32,
+    /// See there.
+    pub dirty_background_bytes: usize,
     /// Per cent of the limit that may be dirty before writers wait.
     pub dirty_percent: u32,
     /// How often the flusher looks for old dirty pages.
@@ -45,6 +48,7 @@ impl Default for CacheConfig {
         Self {
             limit_bytes: (total_memory() / 16).max(64 << 20),
             dirty_background_percent: 10,
+            dirty_background_bytes: 16 << 20,
             dirty_percent: 40,
             flush_interval: Duration::from_secs(5),
             dirty_expire: Duration::from_secs(5),
@@ -223,7 +227,8 @@ impl PageCache {
 
     /// Pages at which the flusher starts.
     pub(crate) fn background_pages(&self) -> usize {
-        self.limit_pages() * self.config.dirty_background_percent as usize / 100
+        let pages = self.limit_pages() * self.config.dirty_background_percent as usize / 100;
+        pages.min(self.config.dirty_background_bytes / PAGE_SIZE)
     }
 
     /// Pages at which writers wait.

@@ -36,6 +36,9 @@ const STALLED: Duration = Duration::from_secs(1);
 /// How long one wait of a throttled writer lasts.
 const THROTTLE_WAIT: Duration = Duration::from_millis(10);
 
+/// Address spaces that the flusher offers to be written together.
+const TOGETHER: usize = 256;
+
 /// An address space that is dirty.
 struct DirtyMapping {
     mapping: Arc<AddressSpace>,
@@ -294,13 +297,22 @@ impl PageCache {
         };
         let Some(limit) = limit else { return };
         let due = self.dirty.due(limit, now);
-        for (_, mapping) in &due {
-            if reason == WritebackReason::Background
+        let is_enough = || {
+            reason == WritebackReason::Background
                 && self.dirty_total() <= self.background_pages() / 2
+        };
+        for some in due.chunks(TOGETHER) {
+            if let Some(ops) = some.first().and_then(|(_, mapping)| mapping.ops())
+                && !is_enough()
             {
-                break;
+                ops.write_together(&mut some.iter().map(|(_, mapping)| mapping));
             }
-            self.write_mapping(mapping, reason);
+            for (_, mapping) in some {
+                if is_enough() {
+                    break;
+                }
+                self.write_mapping(mapping, reason);
+            }
         }
         self.dirty.end_pass(due);
         let held = self.counters().dirty_buffer_bytes.load(Ordering::Relaxed);
