@@ -17,6 +17,7 @@ use std::time::Duration;
 use uext_sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use uext_sync::{Condvar, Mutex};
 
+use crate::beside::Seat;
 use crate::crowd::Crowd;
 
 /// How often it is looked whether a request holds up all others.
@@ -51,6 +52,16 @@ struct State {
     /// Whether one of them watches.
     guarded: bool,
     closed: bool,
+    /// What the one was before it went to its client: only while others are to rest.
+    beside: Option<Seat>,
+}
+
+impl State {
+    fn stand(&mut self) {
+        if let Some(seat) = self.beside.take() {
+            seat.give_back();
+        }
+    }
 }
 
 impl Alone {
@@ -59,6 +70,17 @@ impl Alone {
         let (on, taken) = (AtomicBool::new(false), AtomicU64::new(0));
         let (state, over) = (Mutex::default(), Condvar::new());
         Self { others, guard: GUARD, on, taken, state, over }
+    }
+
+    /// Whose guard doesn't see a test that is held up.
+    #[cfg(test)]
+    pub fn unguarded(others: usize) -> Self {
+        Self { guard: Duration::from_secs(3600), ..Self::new(others) }
+    }
+
+    #[cfg(test)]
+    pub fn is_closed(&self) -> bool {
+        self.state.lock().closed
     }
 
     fn is_on(&self) -> bool {
@@ -74,7 +96,8 @@ impl Alone {
     /// Whoever rests is back.
     fn end(&self) {
         if self.is_on() {
-            let _state = self.state.lock();
+            let mut state = self.state.lock();
+            state.stand();
             self.on.store(false, Ordering::Relaxed); // WHY-RELAXED: see there
             self.over.notify_all();
         }
@@ -83,6 +106,33 @@ impl Alone {
     /// Whether others still wait for requests, though they are to rest.
     fn is_awaited(&self) -> bool {
         self.is_on() && self.state.lock().resting < self.others
+    }
+
+    /// Whether all others rest, one of whom watches.
+    pub fn all_rest(&self) -> bool {
+        self.is_on() && self.state.lock().resting == self.others
+    }
+
+    /// The one goes to a CPU, if all others rest; whether it did.
+    pub fn sit(&self, seat: &Seat, cpu: usize) -> bool {
+        let mut state = self.state.lock();
+        let may = self.is_on() && state.resting == self.others;
+        if may && seat.take(cpu) {
+            state.beside = Some(seat.clone());
+        } else {
+            state.stand();
+        }
+        state.beside.is_some()
+    }
+
+    /// Whether it is there.
+    pub fn is_beside(&self) -> bool {
+        self.is_on() && self.state.lock().beside.is_some()
+    }
+
+    /// It is back.
+    pub fn stand(&self) {
+        self.state.lock().stand();
     }
 
     /// Waits, as one of the others, until there is something to do.
@@ -102,6 +152,7 @@ impl Alone {
             let in_time = !self.over.wait_for(&mut state, self.guard).timed_out();
             state.guarded = false;
             if !in_time && self.taken.load(Ordering::Relaxed) == before {
+                state.stand();
                 // WHY-RELAXED: see there
                 self.on.store(false, Ordering::Relaxed);
                 self.over.notify_all();
@@ -114,6 +165,7 @@ impl Alone {
     pub fn close(&self) {
         let mut state = self.state.lock();
         state.closed = true;
+        state.stand();
         self.on.store(false, Ordering::Relaxed); // WHY-RELAXED: see there
         self.over.notify_all();
     }
@@ -135,7 +187,7 @@ impl Lonely {
         Self::among(Crowd::new())
     }
 
-    fn among(crowd: Crowd) -> Self {
+    pub fn among(crowd: Crowd) -> Self {
         Self { pressure: FEW, need: FEW, spell: None, crowd }
     }
 
@@ -196,11 +248,6 @@ mod tests {
     const A_WHILE: Duration = Duration::from_millis(30);
     const LONG: Duration = Duration::from_secs(30);
 
-    /// Whose guard doesn't see a test that is held up.
-    fn unguarded(others: usize) -> Alone {
-        Alone { guard: Duration::from_secs(3600), ..Alone::new(others) }
-    }
-
     /// Runs `one` beside two others, which say so whenever they don't rest.
     fn beside_two(alone: &Alone, one: impl FnOnce(&Receiver<()>)) {
         let (send, awake) = channel();
@@ -243,7 +290,7 @@ mod tests {
 
     #[test]
     fn others_rest_while_requests_are_found_and_are_back_when_they_waited() {
-        let (alone, mut lonely) = (unguarded(2), Lonely::among(Crowd::default()));
+        let (alone, mut lonely) = (Alone::unguarded(2), Lonely::among(Crowd::default()));
         beside_two(&alone, |awake| {
             awake.recv_timeout(LONG).unwrap();
             assert_eq!(until_alone(&mut lonely, &alone), FEW);
@@ -286,7 +333,7 @@ mod tests {
 
     #[test]
     fn who_is_not_left_alone_for_long_waits_for_longer() {
-        let (alone, mut lonely) = (unguarded(1), Lonely::among(Crowd::default()));
+        let (alone, mut lonely) = (Alone::unguarded(1), Lonely::among(Crowd::default()));
         for need in [FEW, 2 * FEW, 4 * FEW] {
             assert_eq!(until_alone(&mut lonely, &alone), need);
             lonely.stop(&alone);
@@ -301,7 +348,7 @@ mod tests {
 
     #[test]
     fn a_crowd_is_served_alone_though_it_waits() {
-        let (alone, mut lonely) = (unguarded(1), Lonely::among(Crowd::that_is_there()));
+        let (alone, mut lonely) = (Alone::unguarded(1), Lonely::among(Crowd::that_is_there()));
         for _ in 0..FEW {
             assert!(!alone.is_on());
             lonely.found(&alone, true);

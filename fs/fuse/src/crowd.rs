@@ -6,7 +6,7 @@
 //! the others: so a crowd is only one while its requests are served without sleeping, of which
 //! samples are taken.
 
-use nix::sys::resource::{UsageWho, getrusage};
+use crate::beside::voluntary_switches;
 
 /// Most CPUs that one worker and its clients keep busy.
 const FEW_CPUS: usize = 2;
@@ -77,11 +77,6 @@ impl Crowd {
             (self.count, self.clients, self.samples, self.slept) = (0, 0, 0, 0);
         }
     }
-}
-
-/// How often the calling thread has slept.
-fn voluntary_switches() -> i64 {
-    getrusage(UsageWho::RUSAGE_THREAD).map_or(0, |usage| usage.voluntary_context_switches())
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ use zerocopy::IntoBytes;
 use crate::PAGE_SIZE;
 use crate::abi::{self, InHeader, Opcode, OutHeader};
 use crate::alone::{Alone, Lonely};
+use crate::beside::Beside;
 use crate::dispatch::Dispatcher;
 use crate::reply::{Answer, ReplyBuf};
 use crate::request::{self, Request};
@@ -140,6 +141,7 @@ impl<'a> Worker<'a> {
             quick,
             spin: Spin::new(served.spin),
             lonely: Lonely::new(),
+            beside: Beside::new(),
             asked: true,
         });
         let slept = !served.lazily;
@@ -153,6 +155,7 @@ struct Looking {
     quick: File,
     spin: Spin,
     lonely: Lonely,
+    beside: Beside,
     /// Whether somebody waited for the last answer.
     asked: bool,
 }
@@ -160,7 +163,7 @@ struct Looking {
 impl Looking {
     /// The read that found a request, if one did, and whether that had waited.
     fn look(&mut self, alone: &Alone, request: &mut [u8]) -> Option<(nix::Result<usize>, bool)> {
-        if self.lonely.leaves_it(alone) {
+        if self.beside.is_there() || self.lonely.leaves_it(alone) {
             return None;
         }
         let look = || match nix::unistd::read(&self.quick, request) {
@@ -179,7 +182,9 @@ impl Looking {
 
     /// A request was taken; if by looking, it had waited or not.
     fn took(&mut self, alone: &Alone, message: &[u8], waited: Option<bool>) {
-        self.lonely.took(alone, request::client(message));
+        let client = request::client(message);
+        self.lonely.took(alone, client);
+        self.beside.took(alone, client, || self.spin.has_spare_cpu());
         let asks = request::is_waited_for(message);
         if let Some(waited) = waited {
             // A client does not wait for the end of some messages before it asks again.
@@ -199,12 +204,17 @@ impl Served<'_> {
     /// Those of the device that do not mean that the filesystem was unmounted.
     pub(crate) fn serve(&self, device: &File) -> io::Result<()> {
         let mut worker = Worker::new(self, device);
-        while self.serve_next(&mut worker)? {
-            if worker.looking.is_none() {
-                self.control.alone.rest();
+        let ended = loop {
+            match self.serve_next(&mut worker) {
+                Ok(true) if worker.looking.is_none() => self.control.alone.rest(),
+                Ok(true) => {}
+                ended => break ended.map(drop),
             }
+        };
+        if let Some(looking) = &mut worker.looking {
+            looking.beside.leave(&self.control.alone);
         }
-        Ok(())
+        ended
     }
 
     /// The same for a stand-in, which serves only when it is wanted.

@@ -12,6 +12,7 @@ pub mod abi;
 mod alone;
 mod attr_readers;
 mod awake;
+mod beside;
 mod caller;
 pub mod control;
 mod crowd;

@@ -88,6 +88,11 @@ impl Spin {
         Self { limit, machine, luck: Luck::default() }
     }
 
+    /// Whether the machine has a CPU that nobody wants.
+    pub fn has_spare_cpu(&mut self) -> bool {
+        self.machine.has_spare_cpu(Instant::now())
+    }
+
     /// Calls `look` until it finds something, time is up, or the CPU is wanted.
     pub fn until<T>(&mut self, mut look: impl FnMut() -> Option<T>) -> Look<T> {
         if self.luck.skip > 0 {

@@ -9,7 +9,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use bitflags::bitflags;
+use nix::errno::Errno;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use nix::unistd::Pid;
 
 use crate::abi;
 use crate::mount_table::MountEntry;
@@ -35,6 +37,20 @@ bitflags! {
         /// Symbolic links are not followed.
         const NOSYMFOLLOW = 0x20_0000;
     }
+}
+
+/// The scheduling policy of a thread (`SCHED_*`).
+pub(crate) fn scheduling_policy(thread: Pid) -> io::Result<i32> {
+    // SAFETY: it has no pointers.
+    Ok(Errno::result(unsafe { libc::sched_getscheduler(thread.as_raw()) })?)
+}
+
+/// Gives a thread a policy that has no priorities.
+pub(crate) fn set_scheduling_policy(thread: Pid, policy: i32) -> io::Result<()> {
+    let param = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the parameters outlive the call.
+    let set = unsafe { libc::sched_setscheduler(thread.as_raw(), policy, &raw const param) };
+    Ok(Errno::result(set).map(drop)?)
 }
 
 /// A filesystem being configured, or with its superblock made: fsopen(2).

@@ -10,6 +10,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -681,6 +682,52 @@ fn a_request_that_waits_does_not_stall_others_after_many_quick_ones() {
             served
         });
         assert!(served, "round {round}");
+    }
+    mount.umount();
+}
+
+/// The worker that is alone runs on its client's CPU when nobody else does; that must not last
+/// when somebody wants all there is of the CPUs.
+#[test]
+fn programs_that_only_compute_do_not_hold_up_requests() {
+    let config = Config {
+        transport: Transport::DevFuse,
+        threads: Some(2),
+        cpu_latency: CpuLatency::Off,
+        ..Config::default()
+    };
+    if std::env::var_os("UEXT_TEST_TRANSPORT").is_some() {
+        // Of that worker alone.
+        return;
+    }
+    let Some(mount) = mount(&Kind::Block, &config) else { return };
+    // No name twice, since the kernel remembers those that are not there.
+    let mut names = (0u32..).map(|n| mount.dir.join(format!("none {n}")));
+    let mut look = || drop(fs::symlink_metadata(names.next().unwrap()).unwrap_err());
+    for _ in 0..3 {
+        (0..4000).for_each(|_| look());
+        let over = AtomicBool::new(false);
+        let cpus = std::thread::available_parallelism().unwrap().get();
+        let mut longest = Duration::ZERO;
+        std::thread::scope(|scope| {
+            for _ in 0..2 * cpus {
+                // WHY-RELAXED: seen at some time.
+                scope.spawn(|| {
+                    while !over.load(Ordering::Relaxed) {
+                        std::hint::spin_loop();
+                    }
+                });
+            }
+            let begin = Instant::now();
+            for _ in (0..20_000).take_while(|_| begin.elapsed() < Duration::from_secs(5)) {
+                let asked = Instant::now();
+                look();
+                longest = longest.max(asked.elapsed());
+            }
+            over.store(true, Ordering::Relaxed); // WHY-RELAXED: see above
+        });
+        println!("{longest:?}");
+        assert!(longest < Duration::from_millis(500), "a request took {longest:?}");
     }
     mount.umount();
 }
