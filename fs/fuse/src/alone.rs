@@ -6,11 +6,16 @@
 //! to wait for it, the others rest instead of waiting: each takes one more request, for which
 //! the one doesn't look, and is not woken by any after that.
 //!
-//! They are back when the one is to serve what takes long, when requests have waited for
-//! it (but not in a [`Crowd`], where the others would be of no use), and when it has taken none for [`GUARD`], which one of those that rest watches: whatever
-//! holds up the one does so to nobody else for more than twice that.
+//! They are back when the one is to serve what takes long, when requests have waited for it (but
+//! not in a [`Crowd`], where the others would be of no use), and when it has taken none for
+//! [`GUARD`], which one of those that rest watches: whatever holds up the one does so to nobody
+//! else for more than twice that.
 //!
-//! Locks: `state`, a leaf.
+//! Where the one goes to its client ([`crate::beside`]), it is the one who watches that makes it a
+//! thread that others can keep from running, and a thread like any other again.
+//!
+//! Locks: `state`, a leaf. A thread that can be kept from running takes it nowhere, for it is what
+//! who watches needs.
 
 use std::time::Duration;
 
@@ -42,6 +47,9 @@ pub(crate) struct Alone {
     on: AtomicBool,
     /// Requests the one has taken. WHY-RELAXED: only whether it stands still is asked.
     taken: AtomicU64,
+    /// Whether there is a seat in `state`. WHY-RELAXED: changed under the lock; the one, which
+    /// looks, is told of what changes by `on` too, or changes it itself.
+    beside: AtomicBool,
     state: Mutex<State>,
     over: Condvar,
 }
@@ -53,29 +61,24 @@ struct State {
     guarded: bool,
     closed: bool,
     /// What the one was before it went to its client: only while others are to rest.
-    beside: Option<Seat>,
-}
-
-impl State {
-    fn stand(&mut self) {
-        if let Some(seat) = self.beside.take() {
-            seat.give_back();
-        }
-    }
+    seat: Option<Seat>,
+    /// Whether it can be kept from running.
+    seated: bool,
 }
 
 impl Alone {
     /// Of one worker and so many others.
     pub fn new(others: usize) -> Self {
-        let (on, taken) = (AtomicBool::new(false), AtomicU64::new(0));
+        let (on, beside) = (AtomicBool::new(false), AtomicBool::new(false));
+        let taken = AtomicU64::new(0);
         let (state, over) = (Mutex::default(), Condvar::new());
-        Self { others, guard: GUARD, on, taken, state, over }
+        Self { others, guard: GUARD, on, beside, taken, state, over }
     }
 
-    /// Whose guard doesn't see a test that is held up.
+    /// Of which whoever rests looks so rarely that a test is not held up.
     #[cfg(test)]
-    pub fn unguarded(others: usize) -> Self {
-        Self { guard: Duration::from_secs(3600), ..Self::new(others) }
+    pub fn guarded(others: usize, guard: Duration) -> Self {
+        Self { guard, ..Self::new(others) }
     }
 
     #[cfg(test)]
@@ -97,7 +100,7 @@ impl Alone {
     fn end(&self) {
         if self.is_on() {
             let mut state = self.state.lock();
-            state.stand();
+            self.give_back(&mut state);
             self.on.store(false, Ordering::Relaxed); // WHY-RELAXED: see there
             self.over.notify_all();
         }
@@ -113,26 +116,32 @@ impl Alone {
         self.is_on() && self.state.lock().resting == self.others
     }
 
-    /// The one goes to a CPU, if all others rest; whether it did.
-    pub fn sit(&self, seat: &Seat, cpu: usize) -> bool {
+    /// The one has gone to its client, with all others at rest; it was this before. Whoever
+    /// watches makes the rest of it.
+    pub fn sit(&self, seat: &Seat) {
         let mut state = self.state.lock();
-        let may = self.is_on() && state.resting == self.others;
-        if may && seat.take(cpu) {
-            state.beside = Some(seat.clone());
-        } else {
-            state.stand();
+        if self.is_on() && state.resting == self.others {
+            state.seat = Some(seat.clone());
+            self.beside.store(true, Ordering::Relaxed); // WHY-RELAXED: see there
         }
-        state.beside.is_some()
     }
 
-    /// Whether it is there.
+    /// Whether it is there still.
     pub fn is_beside(&self) -> bool {
-        self.is_on() && self.state.lock().beside.is_some()
+        self.beside.load(Ordering::Relaxed) // WHY-RELAXED: see there
     }
 
-    /// It is back.
+    /// It goes back, and nobody can keep it from running.
     pub fn stand(&self) {
-        self.state.lock().stand();
+        self.give_back(&mut self.state.lock());
+    }
+
+    fn give_back(&self, state: &mut State) {
+        self.beside.store(false, Ordering::Relaxed); // WHY-RELAXED: see there
+        state.seated = false;
+        if let Some(seat) = state.seat.take() {
+            seat.give_back();
+        }
     }
 
     /// Waits, as one of the others, until there is something to do.
@@ -151,11 +160,17 @@ impl Alone {
             let before = self.taken.load(Ordering::Relaxed); // WHY-RELAXED: see there
             let in_time = !self.over.wait_for(&mut state, self.guard).timed_out();
             state.guarded = false;
-            if !in_time && self.taken.load(Ordering::Relaxed) == before {
-                state.stand();
+            if in_time {
+                continue;
+            }
+            if self.taken.load(Ordering::Relaxed) == before {
+                // WHY-RELAXED: see there
+                self.give_back(&mut state);
                 // WHY-RELAXED: see there
                 self.on.store(false, Ordering::Relaxed);
                 self.over.notify_all();
+            } else if !state.seated {
+                state.seated = state.seat.as_ref().is_some_and(Seat::sit);
             }
         }
         state.resting -= 1;
@@ -165,7 +180,7 @@ impl Alone {
     pub fn close(&self) {
         let mut state = self.state.lock();
         state.closed = true;
-        state.stand();
+        self.give_back(&mut state);
         self.on.store(false, Ordering::Relaxed); // WHY-RELAXED: see there
         self.over.notify_all();
     }
@@ -245,6 +260,7 @@ mod tests {
     use std::sync::mpsc::{Receiver, channel};
     use std::time::Instant;
 
+    const NEVER: Duration = Duration::from_secs(3600);
     const A_WHILE: Duration = Duration::from_millis(30);
     const LONG: Duration = Duration::from_secs(30);
 
@@ -290,7 +306,7 @@ mod tests {
 
     #[test]
     fn others_rest_while_requests_are_found_and_are_back_when_they_waited() {
-        let (alone, mut lonely) = (Alone::unguarded(2), Lonely::among(Crowd::default()));
+        let (alone, mut lonely) = (Alone::guarded(2, NEVER), Lonely::among(Crowd::default()));
         beside_two(&alone, |awake| {
             awake.recv_timeout(LONG).unwrap();
             assert_eq!(until_alone(&mut lonely, &alone), FEW);
@@ -333,7 +349,7 @@ mod tests {
 
     #[test]
     fn who_is_not_left_alone_for_long_waits_for_longer() {
-        let (alone, mut lonely) = (Alone::unguarded(1), Lonely::among(Crowd::default()));
+        let (alone, mut lonely) = (Alone::guarded(1, NEVER), Lonely::among(Crowd::default()));
         for need in [FEW, 2 * FEW, 4 * FEW] {
             assert_eq!(until_alone(&mut lonely, &alone), need);
             lonely.stop(&alone);
@@ -348,7 +364,7 @@ mod tests {
 
     #[test]
     fn a_crowd_is_served_alone_though_it_waits() {
-        let (alone, mut lonely) = (Alone::unguarded(1), Lonely::among(Crowd::that_is_there()));
+        let (alone, mut lonely) = (Alone::guarded(1, NEVER), Lonely::among(Crowd::that_is_there()));
         for _ in 0..FEW {
             assert!(!alone.is_on());
             lonely.found(&alone, true);

@@ -55,15 +55,15 @@ impl Seat {
         may.then(|| Self { thread: gettid(), policy, cpus })
     }
 
-    /// Sits down on a CPU; whether that could be done.
-    pub fn take(&self, cpu: usize) -> bool {
+    /// The thread, which calls this, goes to a CPU.
+    fn go(&self, cpu: usize) -> bool {
         let mut only = CpuSet::new();
-        let taken = only.set(cpu).and_then(|()| sched_setaffinity(self.thread, &only)).is_ok()
-            && sys::set_scheduling_policy(self.thread, libc::SCHED_IDLE).is_ok();
-        if !taken {
-            self.give_back();
-        }
-        taken
+        only.set(cpu).and_then(|()| sched_setaffinity(self.thread, &only)).is_ok()
+    }
+
+    /// From now on the thread runs only where nobody else wants to; whether that could be done.
+    pub fn sit(&self) -> bool {
+        sys::set_scheduling_policy(self.thread, libc::SCHED_IDLE).is_ok()
     }
 
     /// The thread is what it was.
@@ -153,29 +153,35 @@ impl Beside {
         } else if self.client.is_some() {
             self.follow(alone);
         } else if alone.all_rest() {
-            self.client = Client::find(client);
-            self.sit(alone);
+            self.join(alone, client);
         }
     }
 
     /// The worker is like any other.
     pub fn leave(&mut self, alone: &Alone) {
-        if self.client.take().is_some() {
+        if let (Some(_), Some(seat)) = (self.client.take(), &self.seat) {
+            // By itself first: what follows takes a lock.
+            seat.give_back();
             alone.stand();
         }
     }
 
-    fn sit(&mut self, alone: &Alone) {
-        if let (Some(seat), Some(client)) = (&self.seat, &self.client)
-            && !alone.sit(seat, client.cpu)
-        {
-            self.client = None;
+    /// Goes to its client for the first time.
+    fn join(&mut self, alone: &Alone, client: u32) {
+        let (Some(seat), Some(client)) = (&self.seat, Client::find(client)) else { return };
+        if seat.go(client.cpu) {
+            alone.sit(seat);
+        }
+        if alone.is_beside() {
+            self.client = Some(client);
+        } else {
+            seat.give_back();
         }
     }
 
     /// Goes where the client is now, if it has moved.
     fn follow(&mut self, alone: &Alone) {
-        let Some(client) = &mut self.client else { return };
+        let (Some(seat), Some(client)) = (&self.seat, &mut self.client) else { return };
         let slept = voluntary_switches();
         let lost = slept - client.slept > SLEEPS;
         client.slept = slept;
@@ -184,11 +190,8 @@ impl Beside {
         }
         match cpu_of(&client.stat) {
             Some(cpu) if cpu == client.cpu => {}
-            Some(cpu) => {
-                client.cpu = cpu;
-                self.sit(alone);
-            }
-            None => self.leave(alone),
+            Some(cpu) if seat.go(cpu) => client.cpu = cpu,
+            _ => self.leave(alone),
         }
     }
 }
@@ -202,6 +205,7 @@ mod tests {
     use std::sync::mpsc::channel;
     use std::time::{Duration, Instant};
 
+    const RARELY: Duration = Duration::from_millis(200);
     const LONG: Duration = Duration::from_secs(30);
 
     /// Policy and CPUs of the calling thread.
@@ -254,6 +258,10 @@ mod tests {
                 lonely.found(alone, false);
                 beside.took(alone, client, || true);
             }
+            while scheduling().0 != libc::SCHED_IDLE && alone.is_beside() {
+                assert!(begin.elapsed() < LONG, "nobody watches");
+                lonely.took(alone, client);
+            }
             let (policy, cpus) = scheduling();
             let count = (0..CpuSet::count()).filter(|&cpu| cpus.is_set(cpu).unwrap()).count();
             assert_eq!((policy, count), (libc::SCHED_IDLE, 1));
@@ -265,7 +273,7 @@ mod tests {
 
     #[test]
     fn it_leaves_when_somebody_else_asks() {
-        let alone = Alone::unguarded(1);
+        let alone = Alone::guarded(1, RARELY);
         beside_a_client(&alone, |beside, client| {
             beside.took(&alone, 0, || true);
             assert!(beside.is_there(), "the kernel is nobody else");
@@ -276,12 +284,12 @@ mod tests {
 
     #[test]
     fn it_leaves_a_busy_machine_and_a_client_that_ended() {
-        let alone = Alone::unguarded(1);
+        let alone = Alone::guarded(1, RARELY);
         beside_a_client(&alone, |beside, client| {
             (0..EVERY).for_each(|_| beside.took(&alone, client, || false));
             assert!(!beside.is_there());
         });
-        let alone = Alone::unguarded(1);
+        let alone = Alone::guarded(1, RARELY);
         beside_a_client(&alone, |beside, client| {
             // What the stat of a thread that is gone gives: nothing.
             beside.client.as_mut().unwrap().stat = File::open("/dev/null").unwrap();
@@ -296,7 +304,7 @@ mod tests {
     /// Else it would hold up whoever waits for what it has, for as long as its CPU is wanted.
     #[test]
     fn who_rests_takes_it_out_when_it_takes_no_request() {
-        let alone = Alone::new(1);
+        let alone = Alone::guarded(1, RARELY);
         beside_a_client(&alone, |beside, client| {
             let begin = Instant::now();
             while alone.is_beside() {

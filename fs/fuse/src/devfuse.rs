@@ -192,8 +192,14 @@ impl Looking {
         }
         self.asked = asks;
         if request::takes_long(message) {
-            self.lonely.stop(alone);
+            self.stop(alone);
         }
+    }
+
+    /// What comes takes long, or requests are not looked for any more.
+    fn stop(&mut self, alone: &Alone) {
+        self.beside.leave(alone);
+        self.lonely.stop(alone);
     }
 }
 
@@ -239,7 +245,7 @@ impl Served<'_> {
         if let Some(looking) = looking {
             if self.control.awake.is_held() {
                 // A CPU that doesn't halt is not worth looking for.
-                looking.lonely.stop(&self.control.alone);
+                looking.stop(&self.control.alone);
             } else if *served {
                 let request = buffers.request_mut(self.max_write);
                 looked = looking.look(&self.control.alone, request);
