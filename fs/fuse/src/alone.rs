@@ -75,7 +75,7 @@ impl Alone {
         Self { others, guard: GUARD, on, beside, taken, state, over }
     }
 
-    /// Of which whoever rests looks so rarely that a test is not held up.
+    /// Of which whoever rests looks after so long: a test may be held up.
     #[cfg(test)]
     pub fn guarded(others: usize, guard: Duration) -> Self {
         Self { guard, ..Self::new(others) }
@@ -140,8 +140,20 @@ impl Alone {
         self.beside.store(false, Ordering::Relaxed); // WHY-RELAXED: see there
         state.seated = false;
         if let Some(seat) = state.seat.take() {
-            seat.give_back();
+            seat.give_back_all();
         }
+    }
+
+    fn seat(state: &mut State) {
+        if !state.seated {
+            state.seated = state.seat.as_ref().is_some_and(Seat::sit);
+        }
+    }
+
+    /// What whoever watches does in time.
+    #[cfg(test)]
+    pub fn seat_now(&self) {
+        Self::seat(&mut self.state.lock());
     }
 
     /// Waits, as one of the others, until there is something to do.
@@ -164,13 +176,12 @@ impl Alone {
                 continue;
             }
             if self.taken.load(Ordering::Relaxed) == before {
-                // WHY-RELAXED: see there
                 self.give_back(&mut state);
                 // WHY-RELAXED: see there
                 self.on.store(false, Ordering::Relaxed);
                 self.over.notify_all();
-            } else if !state.seated {
-                state.seated = state.seat.as_ref().is_some_and(Seat::sit);
+            } else {
+                Self::seat(&mut state);
             }
         }
         state.resting -= 1;
