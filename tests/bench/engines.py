@@ -6,7 +6,8 @@
 Without --path a file of 1 GiB is made in --dir, and a loop device over it (as root).  What
 is there is overwritten.  Shown are medians and the median of the rounds' ratios (above 1:
 uext is faster), and what merging in a plug gains on sequential 4 KiB bios, with what fio gets
-out of the disk with large requests, which no merging can pass.  The exit status is 1 when a
+out of the disk with requests of the same size and number as merging makes, and with large ones,
+neither of which it can pass.  The exit status is 1 when a
 ratio is below --least or a gain below --least-gain; what is short is run more often first.
 
 As root the CPUs are kept from halting meanwhile (/dev/cpu_dma_latency), for both alike: how
@@ -125,8 +126,9 @@ def compare(arguments, where, path):
 
 def merging(arguments, where, path):
     """What a plug gains; the figures."""
-    print(f"\n| {where}: sequential 4 KiB, depth 32 | engine | plain | plugged | gain | disk |")
-    print("|---|---|---:|---:|---:|---:|")
+    print(f"\n| {where}: sequential 4 KiB, depth 32 | engine | plain | plugged | gain "
+          "| merged by fio | disk |")
+    print("|---|---|---:|---:|---:|---:|---:|")
     rows = []
     for rw in ("read", "write"):
         for engine in FIO:
@@ -135,12 +137,13 @@ def merging(arguments, where, path):
             plugged, plain, gain = in_turns(arguments.rounds, arguments.least_gain,
                                             lambda: one("on"), lambda: one("off"))
             # As 4 KiB per second.
-            disk = 256 * statistics.median(fio(path, engine, rw, "1m", 8, arguments.seconds)
-                                           for _ in range(3))
+            by_fio = lambda size, pages, depth: pages * statistics.median(
+                fio(path, engine, rw, size, depth, arguments.seconds) for _ in range(3))
+            merged, disk = by_fio("64k", 16, 2), by_fio("1m", 256, 8)
             rows.append({"where": where, "rw": rw, "engine": engine, "plain": plain,
-                         "plugged": plugged, "gain": gain, "disk": disk})
-            print(f"| {rw} | {engine} | {plain:,.0f} | {plugged:,.0f} | {gain:.2f} | {disk:,.0f} |",
-                  flush=True)
+                         "plugged": plugged, "gain": gain, "merged by fio": merged, "disk": disk})
+            print(f"| {rw} | {engine} | {plain:,.0f} | {plugged:,.0f} | {gain:.2f} "
+                  f"| {merged:,.0f} | {disk:,.0f} |", flush=True)
     print()
     return rows
 
