@@ -20,7 +20,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 use uext_blockdev::{BlkStatus, mutant};
 use uext_ondisk::InodeNumber;
-use uext_pagecache::AddressSpace;
+use uext_pagecache::{AddressSpace, MOST_TOGETHER};
 use uext_sync::MutexGuard;
 
 use crate::batch::{BATCH_PAGES, Batch, Page};
@@ -28,8 +28,8 @@ use crate::error::{Error, Result};
 use crate::fs::Ext4;
 use crate::inode::Inode;
 
-/// Files written together.
-const GROUP_FILES: usize = 256;
+/// Files written together: all that the flusher offers.
+const GROUP_FILES: usize = MOST_TOGETHER;
 /// Most dirty pages of a file that is small.
 const SMALL_PAGES: usize = 64;
 

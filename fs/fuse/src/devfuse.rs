@@ -184,7 +184,6 @@ impl Looking {
     fn took(&mut self, alone: &Alone, message: &[u8], waited: Option<bool>) {
         let client = request::client(message);
         self.lonely.took(alone, client);
-        self.beside.took(alone, client, || self.spin.has_spare_cpu());
         let asks = request::is_waited_for(message);
         if let Some(waited) = waited {
             // A client does not wait for the end of some messages before it asks again.
@@ -193,6 +192,9 @@ impl Looking {
         self.asked = asks;
         if request::takes_long(message) {
             self.stop(alone);
+        } else {
+            // Last: what is before may take the lock of `alone`.
+            self.beside.took(alone, client, || self.spin.has_spare_cpu());
         }
     }
 

@@ -58,6 +58,9 @@ pub struct WritebackControl {
     pub reason: WritebackReason,
 }
 
+/// Address spaces that the flusher offers to be written together.
+pub const MOST_TOGETHER: usize = 256;
+
 /// What a filesystem does for the pages of an inode. Who wants to know of evicted pages
 /// registers a [`ChangeListener`](crate::ChangeListener).
 ///
@@ -81,8 +84,8 @@ pub trait AddressSpaceOps: Send + Sync {
         wbc: &WritebackControl,
     ) -> Result<u64, WritebackError>;
 
-    /// May write dirty pages of these address spaces, which are dirty and perhaps of the same
-    /// filesystem, with fewer requests than one by one. What is left is written with
+    /// May write dirty pages of these address spaces, at most [`MOST_TOGETHER`] and perhaps not
+    /// all of this filesystem, with fewer requests than one by one. What is left is written with
     /// [`AddressSpaceOps::writepages`]. Called as that.
     fn write_together(&self, _mappings: &mut dyn Iterator<Item = &Arc<AddressSpace>>) {}
 }

@@ -43,7 +43,9 @@ mod reclaim;
 mod rmap;
 mod writeback;
 
-pub use address_space::{AddressSpace, AddressSpaceOps, WritebackControl, WritebackReason};
+pub use address_space::{
+    AddressSpace, AddressSpaceOps, MOST_TOGETHER, WritebackControl, WritebackReason,
+};
 pub use buffer::{
     BLOCK_CONTENTS, Buffer, BufferHead, BufferOwnedReadGuard, BufferReadGuard, BufferWriteGuard,
     JournalHead,

@@ -26,7 +26,7 @@ use uext_sync::atomic::{AtomicUsize, Ordering};
 use uext_sync::time::{Duration, Instant};
 use uext_sync::{Condvar, Mutex};
 
-use crate::address_space::{AddressSpace, WritebackControl, WritebackReason};
+use crate::address_space::{AddressSpace, MOST_TOGETHER, WritebackControl, WritebackReason};
 use crate::cache::PageCache;
 use crate::errseq::WritebackError;
 use crate::reclaim::NoWaitScope;
@@ -35,9 +35,6 @@ use crate::reclaim::NoWaitScope;
 const STALLED: Duration = Duration::from_secs(1);
 /// How long one wait of a throttled writer lasts.
 const THROTTLE_WAIT: Duration = Duration::from_millis(10);
-
-/// Address spaces that the flusher offers to be written together.
-const TOGETHER: usize = 256;
 
 /// An address space that is dirty.
 struct DirtyMapping {
@@ -301,7 +298,7 @@ impl PageCache {
             reason == WritebackReason::Background
                 && self.dirty_total() <= self.background_pages() / 2
         };
-        for some in due.chunks(TOGETHER) {
+        for some in due.chunks(MOST_TOGETHER) {
             if let Some(ops) = some.first().and_then(|(_, mapping)| mapping.ops())
                 && !is_enough()
             {
