@@ -64,6 +64,12 @@ pub trait BlockDevice: Send + Sync {
         self.submit_bios(std::mem::take(bios));
     }
 
+    /// Whether some of the range was never written, so that who keeps the device takes storage
+    /// for it with the first write; `false` when the device cannot tell.
+    fn is_sparse(&self, _sector: Sector, _bytes: u64) -> bool {
+        false
+    }
+
     /// Submits many at once and waits for all of them; each comes back with its
     /// own [`Bio::status`], in no particular order. As for every batch nothing is
     /// promised about the order in which they are done.

@@ -228,6 +228,12 @@ impl BlockDevice for MemoryDevice {
         bio.end_io(result);
     }
 
+    fn is_sparse(&self, sector: Sector, bytes: u64) -> bool {
+        let (begin, chunk) = (sector.byte_offset(), CHUNK as u64);
+        let mut chunks = begin / chunk..begin.saturating_add(bytes).div_ceil(chunk);
+        chunks.any(|index| !self.shard(index).read().contains_key(&index))
+    }
+
     fn submit_bio_wait(&self, mut bio: Bio) -> BlkResult<Bio> {
         drop(bio.take_end_io());
         self.limits.check(&bio).and_then(|()| self.run(&bio))?;

@@ -53,6 +53,29 @@ fn an_image_has_one_writer_or_many_readers() {
 }
 
 #[test]
+fn holes_and_what_was_only_reserved_are_sparse() {
+    let place = disk_file();
+    place.resize(4 << 20);
+    let dev = open(place.path(), Engine::Sync);
+    let (part, sector) = (64 << 10, |offset: u64| Sector(offset / 512));
+    for offset in [0, 1 << 20] {
+        submit_bio_wait(&*dev, bio(BioOp::Write, offset / 512, part, 7)).unwrap();
+    }
+    // Reserved by the way.
+    submit_bio_wait(&*dev, Bio::range(BioOp::WriteZeroes, sector(2 << 20), 1 << 20)).unwrap();
+    let part = part as u64;
+    for written in [0, 1 << 20] {
+        assert!(!dev.is_sparse(sector(written), part));
+        assert!(dev.is_sparse(sector(written), part + 4096));
+    }
+    for offset in [part, 2 << 20, (4 << 20) - part] {
+        assert!(dev.is_sparse(sector(offset), part), "at {offset}");
+    }
+    // Past the end nothing is known, and nothing overflows.
+    assert!(!dev.is_sparse(sector(8 << 20), u64::MAX));
+}
+
+#[test]
 fn a_block_device_is_claimed_from_the_kernel() {
     let Some(place) = loop_device(8 << 20) else { return };
     let made = Command::new("mkfs.ext4").args(["-q", "-F"]).arg(place.path()).status();

@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use uext_blockdev::{Bio, BioOp, BlkResult, BlockDevice, QueueLimits};
+use uext_blockdev::{Bio, BioOp, BlkResult, BlockDevice, QueueLimits, Sector};
 
 type Work = Box<dyn FnOnce() + Send>;
 
@@ -45,6 +45,10 @@ impl Intruder {
 impl BlockDevice for Intruder {
     fn limits(&self) -> &QueueLimits {
         self.lower.limits()
+    }
+
+    fn is_sparse(&self, sector: Sector, bytes: u64) -> bool {
+        self.lower.is_sparse(sector, bytes)
     }
 
     fn submit_bio(&self, bio: Bio) {

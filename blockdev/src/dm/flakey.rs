@@ -22,7 +22,7 @@ use crate::device::BlockDevice;
 use crate::flush::{self, SimpleQueue};
 use crate::limits::QueueLimits;
 use crate::status::{BlkResult, BlkStatus};
-use crate::units::SECTOR_SIZE;
+use crate::units::{SECTOR_SIZE, Sector};
 
 bitflags! {
     /// Operations that a rule is for.
@@ -279,6 +279,10 @@ impl SimpleQueue for Inner {
 impl BlockDevice for Flakey {
     fn limits(&self) -> &QueueLimits {
         &self.inner.limits
+    }
+
+    fn is_sparse(&self, sector: Sector, bytes: u64) -> bool {
+        self.inner.lower.is_sparse(sector, bytes)
     }
 
     fn submit_bio(&self, bio: Bio) {

@@ -216,6 +216,10 @@ impl BlockDevice for LogWrites {
         &self.recorder.limits
     }
 
+    fn is_sparse(&self, sector: Sector, bytes: u64) -> bool {
+        self.recorder.lower.is_sparse(sector, bytes)
+    }
+
     fn submit_bio(&self, bio: Bio) {
         self.submit_bios(vec![bio]);
     }

@@ -191,6 +191,10 @@ impl BlockDevice for FileDevice {
         self.target.write_slice(sector.byte_offset(), data)
     }
 
+    fn is_sparse(&self, sector: Sector, bytes: u64) -> bool {
+        self.target.is_sparse(sector.byte_offset(), bytes)
+    }
+
     fn submit_drain(&self, bios: &mut Vec<Bio>) {
         self.engine.submit(&mut bios.drain(..).filter_map(|bio| self.target.limits.admit(bio)));
     }

@@ -19,6 +19,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::unistd::{Whence, lseek64};
+
 use crate::aligned::AlignedBuf;
 use crate::bio::{Bio, BioFlags, BioOp, BioVec};
 use crate::limits::QueueLimits;
@@ -254,6 +256,14 @@ impl Target {
             done += u64::from(len);
         }
         Ok(())
+    }
+
+    /// Whether a hole of an image file, or an extent that was reserved and never written, begins
+    /// in the range.
+    pub(super) fn is_sparse(&self, offset: u64, bytes: u64) -> bool {
+        let hole = || lseek64(&self.file, offset as i64, Whence::SeekHole);
+        self.kind == Kind::Image
+            && hole().is_ok_and(|hole| (hole as u64) < offset.saturating_add(bytes))
     }
 
     fn fallocate(&self, mode: i32, offset: u64, bytes: u64) -> BlkResult<()> {

@@ -127,6 +127,10 @@ impl BlockDevice for QuietDevice {
         self.below.write_slice_wait(sector, data)
     }
 
+    fn is_sparse(&self, sector: Sector, bytes: u64) -> bool {
+        self.below.is_sparse(sector, bytes)
+    }
+
     fn submit_batch_wait(&self, bios: &mut Vec<Bio>) {
         if bios.iter().any(changes)
             && let Err(status) = self.before_write()

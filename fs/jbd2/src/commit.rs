@@ -16,7 +16,7 @@ use uext_sync::time::{Duration, Instant};
 use crate::error::{JournalError, Result};
 use crate::handle::HANDLE;
 use crate::journal::{Journal, is_pending};
-use crate::log::Log;
+use crate::log::{Log, Place};
 use crate::tid::{Tid, tid_geq};
 use crate::transaction::{Checkpoint, State, Transaction, TxState};
 
@@ -160,7 +160,7 @@ impl Journal {
         }
         log.begin_if_empty(tx.tid, place.start)?;
         self.set_commit_state(tx.tid, TxState::Flush);
-        let mut writer = log.writer(tx.tid, place.start);
+        let mut writer = log.writer(tx.tid, place);
         writer.revokes(revoked.into_iter().flatten().copied())?;
         let copy = |buffer: &Buffer, bytes: &mut [u8]| copy_for_log(buffer, tx.tid, bytes);
         writer.blocks_of(tx.buffers.values(), copy)?;
@@ -244,12 +244,6 @@ impl Journal {
     }
 }
 
-/// A transaction's place in the log.
-struct Place {
-    start: u32,
-    blocks: u32,
-}
-
 /// Takes the locked transaction out of the way and a place in the log for it; `None`
 /// when there is none.
 fn switch(state: &mut State, log: &Log) -> Option<(Transaction, Place)> {
@@ -258,7 +252,7 @@ fn switch(state: &mut State, log: &Log) -> Option<(Transaction, Place)> {
     let free = state.free.checked_sub(blocks)?;
     tx.state = TxState::Switch;
     let transaction = state.running.take()?;
-    let place = Place { start: state.head, blocks };
+    let place = Place { start: state.head, blocks, free };
     state.free = free;
     state.head = log.advance(place.start, blocks);
     state.committing = Some((transaction.tid, TxState::Switch));

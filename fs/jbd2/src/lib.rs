@@ -28,6 +28,7 @@
 //! 7. `Log::superblock`, `Log::chunk`: leaves, not taken under the list lock
 #![forbid(unsafe_code)]
 
+mod ahead;
 mod background;
 mod checkpoint;
 mod commit;

@@ -25,6 +25,7 @@ use uext_pagecache::Buffer;
 use uext_sync::Mutex;
 use zerocopy::FromBytes;
 
+use crate::ahead::Ahead;
 use crate::config::JournalConfig;
 use crate::error::{IoWhat, JournalError, Result};
 use crate::log_reader::JournalLocation;
@@ -64,14 +65,16 @@ struct Chunk {
     batch: Vec<Bio>,
     /// A transaction's buffers in block order.
     sorted: Vec<Buffer>,
+    ahead: Ahead,
 }
 
 impl Chunk {
-    fn new() -> Self {
+    fn new(ring: u32) -> Self {
         Self {
             memory: Arc::new(AlignedBuf::new(CHUNK_BYTES)),
             batch: Vec::with_capacity(MAX_BIOS),
             sorted: Vec::with_capacity(MAX_SORTED),
+            ahead: Ahead::new(ring),
         }
     }
 }
@@ -128,7 +131,7 @@ impl Log {
             barrier: config.barrier,
             fs_uuid,
             superblock: Mutex::new(superblock),
-            chunk: Mutex::new(Some(Chunk::new())),
+            chunk: Mutex::new(Some(Chunk::new(sb.log_end() - sb.first))),
             bios: BioSet::reserve_only(MAX_BIOS, 1),
         };
         Ok((log, sb))
@@ -145,6 +148,11 @@ impl Log {
         let at = (u64::from(block - self.first) + u64::from(count)) % ring;
         // Below the ring's length, which is a u32.
         self.first + u32::try_from(at).unwrap_or(0)
+    }
+
+    /// How many blocks further on the ring `to` is than `from`: less than all of it.
+    pub(crate) fn distance(&self, from: u32, to: u32) -> u32 {
+        if to >= from { to - from } else { self.ring() - (from - to) }
     }
 
     fn chunk_blocks(&self) -> usize {
@@ -259,10 +267,11 @@ impl Log {
         Ok(())
     }
 
-    /// Begins to write a transaction at a block of the ring.
-    pub(crate) fn writer(&self, tid: Tid, start: u32) -> LogWriter<'_> {
-        let chunk = self.chunk.lock().take().unwrap_or_else(Chunk::new);
-        LogWriter { log: self, tid, chunk, used: 0, start, at: start }
+    /// Begins to write a transaction at its place in the ring.
+    pub(crate) fn writer(&self, tid: Tid, place: &Place) -> LogWriter<'_> {
+        let chunk = self.chunk.lock().take().unwrap_or_else(|| Chunk::new(self.ring()));
+        let start = place.start;
+        LogWriter { log: self, tid, chunk, used: 0, start, at: start, place: place.clone() }
     }
 }
 
@@ -299,6 +308,15 @@ fn set_features(raw: &mut RawJournalSuperblock, old: &JournalSuperblock, config:
     raw.s_feature_incompat = incompat.bits().into();
 }
 
+/// A transaction's place in the log.
+#[derive(Clone)]
+pub(crate) struct Place {
+    pub start: u32,
+    pub blocks: u32,
+    /// Blocks behind it that are free, and stay it while this transaction is written.
+    pub free: u32,
+}
+
 /// Writes one transaction into the log.
 pub(crate) struct LogWriter<'l> {
     log: &'l Log,
@@ -310,6 +328,7 @@ pub(crate) struct LogWriter<'l> {
     start: u32,
     /// Where the next block goes.
     at: u32,
+    place: Place,
 }
 
 impl LogWriter<'_> {
@@ -436,7 +455,29 @@ impl LogWriter<'_> {
         if mutant!("commit-before-blocks") {
             return Ok(());
         }
+        let zeroes = self.blocks_ahead();
+        if zeroes > 0 {
+            let (used, at) = (self.used, self.at);
+            self.blocks(zeroes as usize)?.fill(0);
+            let written = self.write_out(BioFlags::empty());
+            self.at = at;
+            if written.is_ok() {
+                (self.start, self.used) = (at, 0);
+                return Ok(());
+            }
+            // Perhaps the storage has an end: what is needed may fit.
+            self.used = used;
+            self.chunk.ahead.stop();
+        }
         if self.used > 0 { self.submit() } else { Ok(()) }
+    }
+
+    /// Blocks to fill from the one of the commit block on; they fit in the chunk.
+    fn blocks_ahead(&mut self) -> u32 {
+        let Place { start, blocks, free } = self.place;
+        let own = self.log.distance(self.at, self.log.advance(start, blocks));
+        let chunk = u32::try_from(self.log.chunk_blocks() - self.used).unwrap_or(0);
+        self.chunk.ahead.due(self.log, start, self.at, own.saturating_add(free).min(chunk))
     }
 
     /// Writes the commit block behind a flush, durably.
@@ -455,7 +496,8 @@ impl LogWriter<'_> {
 impl Drop for LogWriter<'_> {
     fn drop(&mut self) {
         let memory = self.chunk.memory.clone();
-        let none = Chunk { memory, batch: Vec::new(), sorted: Vec::new() };
+        let ahead = Ahead::new(0);
+        let none = Chunk { memory, batch: Vec::new(), sorted: Vec::new(), ahead };
         let chunk = std::mem::replace(&mut self.chunk, none);
         *self.log.chunk.lock() = Some(chunk);
     }

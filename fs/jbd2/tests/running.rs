@@ -10,28 +10,39 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::*;
-use uext_blockdev::{Bio, BioFlags, BioOp, BlkStatus, BlockDevice, MemoryDevice, QueueLimits};
+use uext_blockdev::{
+    Bio, BioFlags, BioOp, BlkStatus, BlockDevice, MemoryDevice, QueueLimits, Sector,
+};
 use uext_jbd2::{Handle, Journal, JournalConfig, JournalError, JournalMap, OnDamage, Recovery};
 use uext_pagecache::{BufferCache, CacheConfig, PageCache};
 use uext_sync::Mutex;
 
 /// One step a device did.
 enum Step {
-    Write { at: usize, data: Vec<u8>, fua: bool },
+    /// `grew`: its first bytes had never been written.
+    Write {
+        at: usize,
+        data: Vec<u8>,
+        fua: bool,
+        grew: bool,
+    },
     Flush,
 }
 
-/// Records what reaches it, in order; fails from the n-th change on when asked to.
+/// Records what reaches it, in order; fails from the n-th change on when asked to, and has no
+/// space for writes that are longer than they may be.
 struct Recorder {
     below: Arc<MemoryDevice>,
     steps: Mutex<Vec<Step>>,
     fail_at: AtomicU64,
+    longest: AtomicU64,
 }
 
 impl Recorder {
     fn new(image: Vec<u8>) -> Arc<Self> {
         let below = MemoryDevice::from_vec(image);
-        Arc::new(Self { below, steps: Mutex::default(), fail_at: AtomicU64::new(u64::MAX) })
+        let never = || AtomicU64::new(u64::MAX);
+        Arc::new(Self { below, steps: Mutex::default(), fail_at: never(), longest: never() })
     }
 
     fn len(&self) -> usize {
@@ -44,6 +55,10 @@ impl BlockDevice for Recorder {
         self.below.limits()
     }
 
+    fn is_sparse(&self, sector: Sector, bytes: u64) -> bool {
+        self.below.is_sparse(sector, bytes)
+    }
+
     fn submit_bio(&self, bio: Bio) {
         if bio.op() == BioOp::Read {
             return self.below.submit_bio(bio);
@@ -54,6 +69,11 @@ impl BlockDevice for Recorder {
             return bio.end_io(Err(BlkStatus::IoErr));
         }
         let (op, flags, sector, len) = (bio.op(), bio.flags(), bio.sector(), bio.len());
+        if len > self.longest.load(Ordering::Relaxed) {
+            drop(steps);
+            return bio.end_io(Err(BlkStatus::NoSpc));
+        }
+        let grew = self.below.is_sparse(sector, 512);
         self.below.submit_bio(bio);
         if op == BioOp::Flush || flags.contains(BioFlags::PREFLUSH) {
             steps.push(Step::Flush);
@@ -62,7 +82,7 @@ impl BlockDevice for Recorder {
             let below: &dyn BlockDevice = &*self.below;
             let data = below.read_at(sector.byte_offset(), len as usize).unwrap();
             let fua = flags.contains(BioFlags::FUA);
-            steps.push(Step::Write { at: sector.byte_offset() as usize, data, fua });
+            steps.push(Step::Write { at: sector.byte_offset() as usize, data, fua, grew });
         }
     }
 }
@@ -201,7 +221,7 @@ fn crash(base: &[u8], steps: &[Step], cut: usize, seed: u64) -> Vec<u8> {
     let chance = pattern(seed + 1, cut + 1);
     let mut image = base.to_vec();
     for (index, step) in steps[..cut].iter().enumerate() {
-        let Step::Write { at, data, fua } = step else { continue };
+        let Step::Write { at, data, fua, .. } = step else { continue };
         if index < flushed || *fua || chance[index].is_multiple_of(2) || seed == 0 {
             image[*at..*at + data.len()].copy_from_slice(data);
         }
@@ -277,6 +297,58 @@ fn a_log_that_wraps_and_checkpoints_recovers_to_a_prefix() {
             assert_is_prefix(&image, &model, cut, seed);
         }
     }
+}
+
+/// Commits `count` handles one by one.
+fn commit_each(toy: &Toy, count: u64) {
+    for n in 0..count {
+        let handle = toy.journal.start(1).unwrap();
+        let buffer = toy.buffers.bread(FREE + n % BLOCKS).unwrap();
+        handle.write(&buffer).unwrap().fill(n as u8);
+        drop(handle);
+        toy.journal.commit_all().unwrap();
+    }
+}
+
+/// Whoever keeps the device took storage with each of them.
+#[test]
+fn few_commits_are_the_first_to_write_to_their_part_of_the_log() {
+    if !have_e2fsprogs() {
+        return;
+    }
+    let dir = scratch();
+    let toy = toy(dir.path(), "64bit,metadata_csum");
+    let blocks = u64::from(toy.map.block_count());
+    // Three blocks each.
+    commit_each(&toy, blocks * 2 / 3);
+    let log =
+        |at: usize| (0..toy.map.block_count()).any(|n| toy.map.map(n) == Some((at / SIZE) as u64));
+    let steps = toy.device.steps.lock();
+    let written = steps.iter().filter_map(|step| match step {
+        Step::Write { at, data, grew, .. } if log(*at) => Some((data.len(), *grew)),
+        _ => None,
+    });
+    let (all, grew) =
+        written.fold((0, 0), |(all, some), (len, grew)| (all + len, some + usize::from(grew)));
+    let ring = blocks as usize * SIZE;
+    assert!((2..=ring / (256 << 10) + 1).contains(&grew), "{grew} writes took storage");
+    // Twice what was committed, the superblock for some of them, and the zeroes once.
+    assert!(all < ring * 7 / 2, "{all} bytes for a log of {ring}");
+}
+
+/// Zeroes ahead are no reason to fail.
+#[test]
+fn a_commit_that_fits_where_zeroes_behind_it_do_not_is_done() {
+    if !have_e2fsprogs() {
+        return;
+    }
+    let dir = scratch();
+    let toy = toy(dir.path(), "64bit,metadata_csum");
+    toy.device.longest.store(32 << 10, Ordering::Relaxed);
+    let (model, error) = work(&toy, 7, 200);
+    assert_eq!(error, None);
+    let image = recover(toy.device.below.snapshot(), &toy.map);
+    assert_is_prefix(&image, &model, toy.device.len(), 0);
 }
 
 #[test]
