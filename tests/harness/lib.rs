@@ -53,12 +53,13 @@ pub fn run(command: &mut Command) -> String {
 /// Whether `e2fsck -y`, by what it printed, asked to mend something. What it asks about every
 /// filesystem that was in use, the kernel's own too, is none: the superblock's counts, which `-n`
 /// calls no error, the mark that the orphan file is in use, which every mount leaves, the slots of
-/// orphans that it has deleted, and extent trees that it would like shorter.
+/// orphans that it has deleted, and extent trees that it would like shorter or narrower.
 pub fn has_repairs(text: &str) -> bool {
     let of_use = |problem: &str| {
         problem.starts_with("Free blocks count wrong (")
             || problem.starts_with("Free inodes count wrong (")
             || problem.ends_with(" could be shorter.  Optimize? yes")
+            || problem.ends_with(" could be narrower.  Optimize? yes")
             || problem == "Feature orphan_present is set but orphan file is clean."
             || (problem.starts_with("Orphan file (inode ") && problem.ends_with(" is not clean."))
     };
