@@ -38,6 +38,9 @@ pub(crate) struct FileData {
     /// It is known to have no `security.capability`, so that writes need not look.
     /// WHY-RELAXED: read and changed under `Inode::rwsem` exclusive.
     pub no_capability: AtomicBool,
+    /// It is known to have no extended attributes.
+    /// WHY-RELAXED: changed under `Inode::rwsem`, to false exclusively.
+    pub no_xattrs: AtomicBool,
     /// [itself] Held while a large write goes to the disk: see `past_cache`.
     pub large_write: Mutex<()>,
     /// The write errors that fsync has reported.

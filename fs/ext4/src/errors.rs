@@ -53,11 +53,13 @@ impl Ext4 {
 
     /// Logs an error with its place; damage is recorded, and `errors=` obeyed.
     pub(crate) fn report(&self, inode: Option<InodeNumber>, error: &Error) {
+        // Of an abort it was logged when it happened; every call since then fails of it.
+        if matches!(error, Error::Errno(_) | Error::Journal(JournalError::Aborted(_))) {
+            return;
+        }
         let place = inode.map(|ino| format!(" inode {ino}:")).unwrap_or_default();
         match error {
-            Error::Errno(_) => return,
-            // The abort was logged when it happened; every call since then fails of it.
-            Error::Journal(JournalError::Aborted(_)) => return,
+            Error::Errno(_) => {}
             Error::Corrupt(_) => log::error!("{}:{place} damaged: {error}", self.name),
             Error::Blk(_) | Error::Journal(_) => log::error!("{}:{place} {error}", self.name),
         }

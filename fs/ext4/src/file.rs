@@ -545,15 +545,17 @@ impl Ext4 {
             if !folio.is_attached() {
                 continue;
             }
-            if !guard.is_uptodate() && data.len() < PAGE_SIZE {
+            let size = inode.size();
+            let (to_end, grows) = (end >= size, end > size);
+            let is_all = data.len() == PAGE_SIZE || (start == 0 && to_end);
+            if !guard.is_uptodate() && !is_all {
                 self.fill_locked(inode, &mut guard)?;
             }
             guard[range.clone()].copy_from_slice(data);
-            guard.set_uptodate();
-            let grows = end > inode.size();
-            if grows {
+            if to_end {
                 guard[range.end..].fill(0);
             }
+            guard.set_uptodate();
             if !guard.mark_dirty(self.block_mask(range.clone())) {
                 continue;
             }

@@ -250,7 +250,10 @@ impl Ext4 {
             dtime: 0,
             lazy_dirty: false,
         };
-        self.build_inode(ino, self.next_generation(), core)
+        let inode = self.build_inode(ino, self.next_generation(), core);
+        // Its body was cleared. WHY-RELAXED: nobody else knows it yet.
+        inode.data.no_xattrs.store(true, Ordering::Relaxed);
+        inode
     }
 
     /// A generation that differs from the number's last use with near certainty.

@@ -148,10 +148,20 @@ impl Ext4 {
         inode: &Inode,
         name: XattrName<'_>,
     ) -> Result<Option<Vec<u8>>> {
+        let none = &inode.data.no_xattrs;
+        // WHY-RELAXED: the inode's lock, which is held, orders it.
+        if none.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
         let (body, _) = self.body_xattrs(inode)?;
         let value = match body.get(name.index, name.rest) {
             Some(value) => Some(value.clone()),
-            None => self.block_xattrs(inode)?.get(name.index, name.rest).cloned(),
+            None => {
+                let block = self.block_xattrs(inode)?;
+                // WHY-RELAXED: as above; who shares the lock finds the same.
+                none.store(body.is_empty() && block.is_empty(), Ordering::Relaxed);
+                block.get(name.index, name.rest).cloned()
+            }
         };
         match value {
             None => Ok(None),
@@ -348,6 +358,8 @@ impl Ext4 {
             return Err(Errno::ENODATA.into());
         }
         let new = self.place_xattr(&old, name, value, room)?;
+        // WHY-RELAXED: the inode's lock, held exclusively, orders it.
+        inode.data.no_xattrs.store(false, Ordering::Relaxed);
         if name == CAPABILITY {
             inode.data.no_capability.store(false, Ordering::Relaxed);
         }

@@ -202,20 +202,18 @@ impl AddressSpace {
         Some(folio)
     }
 
-    /// The page, made when it is not cached: then it is zeroed and not uptodate. May wait
-    /// a bounded time for memory; never fails.
+    /// The page, made when it is not cached: then it is not uptodate, and what it holds until it
+    /// is made so is arbitrary. May wait a bounded time for memory; never fails.
     pub fn find_or_create(&self, index: u64) -> Arc<Folio> {
         if let Some(folio) = self.find(index) {
             return folio;
         }
-        let frame = self.cache.alloc_frame(1, PAGE_SIZE, true, true);
+        let frame = self.cache.alloc_frame(1, PAGE_SIZE, false, true);
         let fresh = Folio::new(index, frame, self.me.clone());
         self.insert(fresh)
     }
 
-    /// The pages `indexes`, made when they are not cached, for who reads them from the disk: then
-    /// they are not uptodate, and what they hold until then is arbitrary. Waits as
-    /// [`AddressSpace::find_or_create`].
+    /// The pages `indexes`, as by [`AddressSpace::find_or_create`].
     pub fn find_or_create_to_fill(&self, indexes: Range<u64>) -> Vec<Arc<Folio>> {
         let count = usize::try_from(indexes.end - indexes.start).expect("pages that memory has");
         let frames = self.cache.alloc_pages(count);
