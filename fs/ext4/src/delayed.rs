@@ -41,6 +41,9 @@ pub(crate) struct FileData {
     /// It is known to have no extended attributes.
     /// WHY-RELAXED: changed under `Inode::rwsem`, to false exclusively.
     pub no_xattrs: AtomicBool,
+    /// It was read ahead because of the file listed before it, and not read since.
+    /// WHY-RELAXED: told twice, or not, it costs or saves a read.
+    pub read_with_others: AtomicBool,
     /// [itself] Held while a large write goes to the disk: see `past_cache`.
     pub large_write: Mutex<()>,
     /// The write errors that fsync has reported.

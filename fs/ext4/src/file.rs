@@ -34,10 +34,8 @@ pub(crate) const PAGE: u64 = PAGE_SIZE as u64;
 pub(crate) const WRITE_CHUNK: usize = 1 << 20;
 /// Pages that are read, and lent to a reply, in one go.
 const READ_PAGES: u64 = 512;
-/// Pages that are read ahead together: a reader waits for all of them.
-const AHEAD_PAGES: u64 = 256;
 /// Blocks of which the place is looked up together.
-const RUN: u32 = 4 * AHEAD_PAGES as u32;
+const RUN: u32 = 1024;
 /// Most bytes of one read.
 const MAX_READ: usize = 64 << 20;
 const S_ISUID: u16 = 0o4000;
@@ -50,10 +48,10 @@ type Folios = Vec<Arc<Folio>>;
 type Places = SmallVec<[(Range<usize>, FsBlock); 4]>;
 
 /// A locked page that is being read.
-struct Fill {
-    guard: FolioWriteGuard,
+pub(crate) struct Fill {
+    pub guard: FolioWriteGuard,
     /// A bio that fills it failed.
-    failed: bool,
+    pub failed: bool,
 }
 
 impl Ext4 {
@@ -100,8 +98,8 @@ impl Ext4 {
         let (first, last) = (offset / PAGE, end.div_ceil(PAGE));
         let ahead = inode.data.readahead.lock().on_read(first, last - first, size.div_ceil(PAGE));
         // What is wanted now comes first, but where it is on its way the disk need not wait.
-        let (before, behind) =
-            if inode.mapping.has_pages(first..first + 1) { (ahead, None) } else { (None, ahead) };
+        let missing = !inode.mapping.has_pages(first..first + 1);
+        let (before, behind) = if missing { (None, ahead) } else { (ahead, None) };
         if let Some(ahead) = before {
             self.read_ahead(inode, ahead);
         }
@@ -123,6 +121,9 @@ impl Ext4 {
         }
         if let Some(ahead) = behind {
             self.read_ahead(inode, ahead);
+        }
+        if offset == 0 {
+            self.read_listed_ahead(inode, missing);
         }
         Ok(())
     }
@@ -149,7 +150,7 @@ impl Ext4 {
 
     /// The pages of a range that are cached, and those that are made because there is data; what
     /// is left is holes. Writers are excluded.
-    fn make_pages(&self, inode: &Inode, range: Range<u64>) -> Result<(Folios, Folios)> {
+    pub(crate) fn make_pages(&self, inode: &Inode, range: Range<u64>) -> Result<(Folios, Folios)> {
         let cached = inode.mapping.find_range(range.clone());
         let mut made = Vec::new();
         let mut from = range.start;
@@ -184,22 +185,6 @@ impl Ext4 {
         Ok(runs)
     }
 
-    /// Reads pages ahead of a sequential reader; errors show when a page is really read.
-    fn read_ahead(&self, inode: &Arc<Inode>, range: Range<u64>) {
-        for from in range.clone().step_by(AHEAD_PAGES as usize) {
-            let piece = from..range.end.min(from + AHEAD_PAGES);
-            if let Err(error) = self.read_piece_ahead(inode, piece) {
-                log::debug!("{}: inode {}: readahead: {error}", self.name, inode.ino);
-            }
-        }
-    }
-
-    fn read_piece_ahead(&self, inode: &Arc<Inode>, piece: Range<u64>) -> Result<()> {
-        let (_cached, made) = self.make_pages(inode, piece)?;
-        made.iter().for_each(|folio| folio.set_readahead());
-        self.start_fill(inode, &made)
-    }
-
     /// Makes pages uptodate, with one bio per run on the disk. `folios` go by rising index.
     fn fill_pages(&self, inode: &Inode, folios: &[Arc<Folio>], flags: BioFlags) -> Result<()> {
         if folios.is_empty() {
@@ -220,25 +205,8 @@ impl Ext4 {
         error.map_or(Ok(()), |status| Err(status.into()))
     }
 
-    /// Begins to read pages and does not wait; they stay locked until their bios have ended.
-    fn start_fill(&self, inode: &Inode, folios: &[Arc<Folio>]) -> Result<()> {
-        if folios.is_empty() {
-            return Ok(());
-        }
-        let (fills, mut bios) = self.plan_fill(inode, folios, BioFlags::RAHEAD)?;
-        let shared = Arc::new(ReadaheadBatch::new(fills, bios.len()));
-        for bio in &mut bios {
-            let shared = shared.clone();
-            bio.set_end_io(move |bio| shared.end(&bio));
-        }
-        if !bios.is_empty() {
-            self.buffers.device().submit_bios(bios);
-        }
-        Ok(())
-    }
-
     /// Locks pages and makes the bios that fill them. What is not on the disk is zeroed.
-    fn plan_fill(
+    pub(crate) fn plan_fill(
         &self,
         inode: &Inode,
         folios: &[Arc<Folio>],
@@ -708,7 +676,7 @@ fn pack(first: usize, count: usize) -> u64 {
     (first as u64) << 32 | count as u64
 }
 
-fn unpack(private: u64) -> (usize, usize) {
+pub(crate) fn unpack(private: u64) -> (usize, usize) {
     ((private >> 32) as usize, (private & 0xffff_ffff) as usize)
 }
 
@@ -725,33 +693,6 @@ fn push_run(bios: &mut Vec<Bio>, sector: Sector, vec: BioVec, page: usize, flags
             bio.add_vec(vec);
             bio.set_private(pack(page, 1));
             bios.push(bio);
-        }
-    }
-}
-
-/// Pages read ahead, locked until the last bio of the batch has ended.
-struct ReadaheadBatch(uext_sync::Mutex<(Vec<Fill>, usize)>);
-
-impl ReadaheadBatch {
-    fn new(mut fills: Vec<Fill>, bios: usize) -> Self {
-        if bios == 0 {
-            fills.drain(..).for_each(|fill| fill.guard.set_uptodate());
-        }
-        Self(uext_sync::Mutex::new((fills, bios)))
-    }
-
-    fn end(&self, bio: &Bio) {
-        let mut batch = self.0.lock();
-        let (fills, pending) = &mut *batch;
-        if bio.status().is_err() {
-            let (first, count) = unpack(bio.private());
-            fills[first..first + count].iter_mut().for_each(|fill| fill.failed = true);
-        }
-        *pending -= 1;
-        if *pending == 0 {
-            for fill in fills.drain(..).filter(|fill| !fill.failed) {
-                fill.guard.set_uptodate();
-            }
         }
     }
 }

@@ -26,6 +26,7 @@ use crate::groups::Groups;
 use crate::inode::Inode;
 use crate::inode_cache::InodeCache;
 use crate::last_search::LastSearches;
+use crate::listings::Listings;
 use crate::options::{Atime, DataMode, MountOptions};
 use crate::orphan::OrphanList;
 use crate::quiet::Watch;
@@ -60,6 +61,8 @@ pub struct Ext4 {
     pub(crate) orphans: Mutex<OrphanList>,
     /// Listing positions that a number alone cannot say.
     pub(crate) ties: Ties,
+    /// Files listed lately, which are likely to be read in that order.
+    pub(crate) listings: Listings,
     pub(crate) last_searches: LastSearches,
     pub(crate) xattr_share: XattrShare,
     /// Held by a rename between two directories, so that no two change the tree's shape at once.

@@ -28,6 +28,7 @@ use crate::journal_data;
 use crate::journal_inode::journal_map;
 use crate::journal_place::JournalPlace;
 use crate::last_search::LastSearches;
+use crate::listings::Listings;
 use crate::loaded_maps::LoadedMaps;
 use crate::memory_plan::MemoryPlan;
 use crate::options::{Atime, MountOptions};
@@ -178,6 +179,7 @@ impl Ext4 {
             inodes: InodeCache::new(plan.inodes),
             orphans: Mutex::new(OrphanList::default()),
             ties: Ties::default(),
+            listings: Listings::default(),
             last_searches: LastSearches::default(),
             xattr_share: XattrShare::default(),
             rename: Mutex::new(()),

@@ -150,6 +150,9 @@ impl Ext4 {
         if !dir.is_dir() {
             return Err(Errno::ENOTDIR.into());
         }
+        if offset > 0 {
+            self.read_listed_on();
+        }
         {
             let _shared = dir.rwsem.read();
             let (nlink, inline) = {
@@ -160,13 +163,16 @@ impl Ext4 {
             if nlink == 0 {
                 return Ok(());
             }
-            if inline {
-                self.list_inline(dir, offset, sink)?;
+            let mut sink = Noting { sink, files: Vec::new() };
+            let done = if inline {
+                self.list_inline(dir, offset, &mut sink)
             } else if self.lists_by_hash(dir)? {
-                self.list_by_hash(dir, offset, sink)?;
+                self.list_by_hash(dir, offset, &mut sink)
             } else {
-                self.list_by_offset(dir, offset, sink)?;
-            }
+                self.list_by_offset(dir, offset, &mut sink)
+            };
+            self.listings.note(&sink.files);
+            done?;
         }
         self.touch_atime(dir);
         Ok(())
@@ -404,6 +410,22 @@ impl Ext4 {
 /// Whether an entry leads to a file by a name.
 fn is_listed(entry: &RawEntry<'_>) -> bool {
     entry.in_use() && !entry.name.is_empty()
+}
+
+/// Notes which files are listed.
+struct Noting<'a> {
+    sink: &'a mut dyn DirSink,
+    files: Vec<InodeNumber>,
+}
+
+impl DirSink for Noting<'_> {
+    fn add(&mut self, entry: &DirEntry<'_>) -> bool {
+        let taken = self.sink.add(entry);
+        if taken && matches!(entry.kind, None | Some(FileKind::Regular)) {
+            self.files.extend(u32::try_from(entry.ino).map(InodeNumber));
+        }
+        taken
+    }
 }
 
 fn add(sink: &mut dyn DirSink, entry: &Listed, next_offset: u64) -> bool {

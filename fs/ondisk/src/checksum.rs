@@ -43,7 +43,7 @@ mod tests {
     /// Short and long data are computed in different ways.
     #[test]
     fn crc32c_agrees_with_another_implementation() {
-        let data: Vec<u8> = (0..5000u32).map(|n| (n * n >> 3) as u8).collect();
+        let data: Vec<u8> = (0..5000u32).map(|n| ((n * n) >> 3) as u8).collect();
         for len in (0..600).chain((600..data.len() - 8).step_by(61)).chain([4084, 4088, 4096]) {
             for start in [0, 1, 8] {
                 let (part, seed) = (&data[start..start + len], 0x1234_5678 ^ len as u32);

@@ -40,6 +40,11 @@ impl ReadaheadState {
         Self { max_pages, next_index: 0, started: false, window: 0..0 }
     }
 
+    /// Most pages of a window; 0 when readahead is off.
+    pub fn max_pages(&self) -> u64 {
+        self.max_pages
+    }
+
     /// Tells of a read of `count` pages at `index` in a file of `total` pages. Returns
     /// what to read ahead now: it begins at or after the read, lies inside the file, and
     /// is not asked for again while the reader goes on.
