@@ -64,8 +64,8 @@ pub trait BlockDevice: Send + Sync {
         self.submit_bios(std::mem::take(bios));
     }
 
-    /// Whether some of the range was never written, so that who keeps the device takes storage
-    /// for it with the first write; `false` when the device cannot tell.
+    /// Whether the range, or a part of it that is easily looked at, was never written, so that who
+    /// keeps the device takes storage for it with the first write; `false` when it cannot tell.
     fn is_sparse(&self, _sector: Sector, _bytes: u64) -> bool {
         false
     }

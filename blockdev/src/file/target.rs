@@ -19,6 +19,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 
 use crate::aligned::AlignedBuf;
@@ -258,12 +259,16 @@ impl Target {
         Ok(())
     }
 
-    /// Whether a hole of an image file, or an extent that was reserved and never written, begins
-    /// in the range.
+    /// Whether the range begins or ends in a hole of an image file, or in an extent that was
+    /// reserved and never written. To look for a hole in between may take long.
     pub(super) fn is_sparse(&self, offset: u64, bytes: u64) -> bool {
-        let hole = || lseek64(&self.file, offset as i64, Whence::SeekHole);
-        self.kind == Kind::Image
-            && hole().is_ok_and(|hole| (hole as u64) < offset.saturating_add(bytes))
+        let is_hole = |at: u64| match lseek64(&self.file, at as i64, Whence::SeekData) {
+            Ok(data) => data as u64 > at,
+            // There is no data any more.
+            Err(error) => error == Errno::ENXIO,
+        };
+        let last = offset.saturating_add(bytes.saturating_sub(1));
+        self.kind == Kind::Image && (is_hole(offset) || is_hole(last))
     }
 
     fn fallocate(&self, mode: i32, offset: u64, bytes: u64) -> BlkResult<()> {

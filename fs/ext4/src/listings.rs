@@ -24,6 +24,8 @@ const MOST_LEFT_OUT: usize = 32;
 /// Files read ahead at first, and at most, in one go.
 const FIRST_WINDOW: usize = 8;
 const MOST_WINDOW: usize = 64;
+/// Numbers that are compared at once.
+const PIECE: usize = 64;
 
 /// Somebody who reads files in the order of a listing. Places count from the first ever listed.
 struct Reader {
@@ -74,8 +76,8 @@ impl Listings {
             state.readers.push_front(reader);
             return files;
         }
-        if !was_ahead && let Some(at) = state.listed.iter().rposition(|listed| *listed == file) {
-            let next = state.base + at as u64 + 1;
+        if !was_ahead && let Some(place) = state.find_last(file) {
+            let next = place + 1;
             state.readers.truncate(MOST_READERS - 1);
             state.readers.push_front(Reader { next, ahead: next, window: 0 });
         }
@@ -113,6 +115,19 @@ impl State {
         let from = usize::try_from(place.checked_sub(self.base)?).ok()?;
         let to = self.listed.len().min(from + MOST_LEFT_OUT);
         (from..to).find(|&at| self.listed[at] == file).map(|at| self.base + at as u64)
+    }
+
+    /// The place where a file was listed last.
+    fn find_last(&self, file: InodeNumber) -> Option<u64> {
+        let (first, second) = self.listed.as_slices();
+        // Pieces of which the processor compares many numbers at once, since most are not it.
+        let find = |numbers: &[InodeNumber]| {
+            let is_in = |piece: &[InodeNumber]| piece.iter().fold(false, |is, n| is | (*n == file));
+            let piece = numbers.chunks(PIECE).rposition(is_in)? * PIECE;
+            Some(piece + numbers[piece..].iter().take(PIECE).rposition(|n| *n == file)?)
+        };
+        let at = find(second).map(|at| first.len() + at).or_else(|| find(first))?;
+        Some(self.base + at as u64)
     }
 
     /// The files that follow, if a reader has used half of those read ahead for it.
@@ -193,6 +208,30 @@ mod tests {
         read(&listings, &some, &mut known);
         read(&listings, &files(20_000..20_100), &mut known);
         assert!(known.len() <= 2 * FIRST_WINDOW, "{} read ahead", known.len());
+    }
+
+    #[test]
+    fn a_file_is_found_where_it_was_listed_last() {
+        let listings = Listings::default();
+        // Round the ring until it lies in two pieces.
+        let mut from = 100_000;
+        while listings.0.lock().listed.as_slices().1.is_empty() {
+            listings.note(&files(from..from + 5000));
+            from += 5000;
+        }
+        for part in [1..3000, 2000..2100] {
+            listings.note(&files(part));
+        }
+        let state = listings.0.lock();
+        assert!(!state.listed.as_slices().1.is_empty());
+        for (at, file) in state.listed.iter().enumerate() {
+            let last = state.listed.iter().rposition(|listed| listed == file).unwrap();
+            assert!(last == at || (2000..2100).contains(&file.0));
+            if at % 97 == 0 || last != at {
+                assert_eq!(state.find_last(*file), Some(state.base + last as u64));
+            }
+        }
+        assert_eq!(state.find_last(InodeNumber(60_000)), None);
     }
 
     #[test]
