@@ -87,18 +87,11 @@ impl Listings {
     /// What to read ahead when more was listed since: for who read last, if he has read in order.
     pub fn go_on(&self) -> Vec<InodeNumber> {
         let mut state = self.0.lock();
-        match state.readers.pop_front() {
-            Some(mut reader) if reader.window > 0 && reader.next >= state.base => {
-                let files = state.advance(&mut reader);
-                state.readers.push_front(reader);
-                files
-            }
-            Some(reader) => {
-                state.readers.push_front(reader);
-                Vec::new()
-            }
-            None => Vec::new(),
-        }
+        let Some(mut reader) = state.readers.pop_front() else { return Vec::new() };
+        let goes_on = reader.window > 0 && reader.next >= state.base;
+        let files = if goes_on { state.advance(&mut reader) } else { Vec::new() };
+        state.readers.push_front(reader);
+        files
     }
 
     /// The last so many files that were given out just now are not read ahead yet.

@@ -2,7 +2,8 @@
 //! listed behind one.
 //!
 //! Errors show when a page is really read, and nothing waits here for a page or an inode that
-//! somebody else has.
+//! somebody else has. What waits for the disk is to learn where a file lies, when that stands in
+//! blocks of their own that are not in memory.
 //!
 //! Locks: `Inode::rwsem` of other files only when it is free, while that of the file that is read
 //! is held shared; pages only when they are free, and until their bios have ended.
