@@ -5,10 +5,13 @@
 //!
 //! Locks: `Inode::map`, then the run cache, a leaf.
 
+use smallvec::SmallVec;
 use uext_jbd2::Handle;
-use uext_ondisk::extent::{Extent, MAX_UNWRITTEN_LEN, MAX_WRITTEN_LEN};
+use uext_ondisk::extent::{Extent, ExtentNode, MAX_UNWRITTEN_LEN, MAX_WRITTEN_LEN};
 use uext_ondisk::features::RoCompat;
-use uext_ondisk::indirect::{max_block_map_file_size, max_extent_file_size};
+use uext_ondisk::indirect::{
+    DIRECT_BLOCKS, Pointers, max_block_map_file_size, max_extent_file_size,
+};
 use uext_ondisk::superblock::Superblock;
 use uext_ondisk::{FsBlock, LogicalBlock};
 use uext_sync::Mutex;
@@ -19,7 +22,7 @@ use crate::error::Result;
 use crate::extents::MAX_BLOCKS;
 use crate::fs::Ext4;
 use crate::inode::Inode;
-use crate::map_io::{Budget, FsMapIo};
+use crate::map_io::{Budget, FsMapIo, MapIo};
 use crate::{extents, extents_remove, extents_shift, indirect};
 
 /// Runs of one file that are remembered.
@@ -126,6 +129,23 @@ impl Ext4 {
         };
         inode.data.runs.put(logical.0, run);
         Ok(run.part(0, max))
+    }
+
+    /// The blocks of the mapping that the inode itself points to, as far as a small file has
+    /// such: what must be in memory before its data is found. None where they are damaged.
+    pub(crate) fn map_nodes(&self, inode: &Inode) -> SmallVec<[FsBlock; 4]> {
+        let io = FsMapIo::reader(self, inode);
+        let root = io.root();
+        let mut nodes = SmallVec::new();
+        if io.is_extents() {
+            let root = ExtentNode::new(&root[..]);
+            nodes.extend(root.iter().flat_map(ExtentNode::indexes).map(|index| index.child));
+        } else {
+            let root = Pointers::new(&root[..]);
+            nodes.extend(root.iter().filter_map(|root| root.get(DIRECT_BLOCKS as usize)));
+        }
+        nodes.retain(|node| io.check_run(*node, 1).is_ok());
+        nodes
     }
 
     /// Where to look for blocks for `logical`.

@@ -2,8 +2,8 @@
 //! listed behind one.
 //!
 //! Errors show when a page is really read, and nothing waits here for a page or an inode that
-//! somebody else has. What waits for the disk is to learn where a file lies, when that stands in
-//! blocks of their own that are not in memory.
+//! somebody else has. What waits for the disk is to learn where files lie, when that stands in
+//! blocks of their own that are not in memory: once for all of them.
 //!
 //! Locks: `Inode::rwsem` of other files only when it is free, while that of the file that is read
 //! is held shared; pages only when they are free, and until their bios have ended.
@@ -62,15 +62,23 @@ impl Ext4 {
             return;
         }
         let mut left = MOST_LISTED_PAGES.min(self.cache.readahead().max_pages());
+        let wanted = |number: &InodeNumber| {
+            let other = self.inodes.find(*number)?;
+            let is_small = other.kind == FileKind::Regular && pages_of(&other) <= MOST_FILE_PAGES;
+            (is_small && other.mapping.nr_pages() == 0).then_some(other)
+        };
+        // All that says where they lie first, so that it is waited for once.
+        for other in files.iter().filter_map(wanted) {
+            for node in self.map_nodes(&other) {
+                self.buffers.readahead(node.0, 1);
+            }
+        }
         let mut plug = Plug::new(&**self.buffers.device());
         for (at, number) in files.iter().enumerate() {
-            let Some(other) = self.inodes.find(*number) else { continue };
+            let Some(other) = wanted(number) else { continue };
             let Some(_shared) = other.rwsem.try_read() else { continue };
-            let pages = other.size().div_ceil(PAGE);
-            let is_small = other.kind == FileKind::Regular && pages <= MOST_FILE_PAGES;
-            if !is_small || other.mapping.nr_pages() > 0 {
-                continue;
-            }
+            // It may have grown since it was looked at.
+            let pages = pages_of(&other).min(MOST_FILE_PAGES);
             if pages > left {
                 self.listings.left_over(files.len() - at);
                 break;
@@ -103,6 +111,10 @@ impl Ext4 {
         }
         Ok(bios)
     }
+}
+
+fn pages_of(inode: &Inode) -> u64 {
+    inode.size().div_ceil(PAGE)
 }
 
 /// Pages read ahead, locked until the last bio of the batch has ended.

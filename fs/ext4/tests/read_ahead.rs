@@ -53,7 +53,8 @@ impl BlockDevice for Disk {
         if bio.op() == BioOp::Read && !ahead {
             self.waits.fetch_add(1, Ordering::SeqCst);
         }
-        if ahead && self.holds.load(Ordering::SeqCst) {
+        // Where files lie is waited for before anything of them is held.
+        if ahead && !bio.flags().contains(BioFlags::META) && self.holds.load(Ordering::SeqCst) {
             self.held.lock().unwrap().push(bio);
         } else {
             self.below.submit_bio(bio);
@@ -123,8 +124,8 @@ fn files_read_in_the_order_of_their_listing_cost_no_wait() {
             assert!(read(&fs, *ino) == contents(*n), "file {n}");
         }
         let waits = disk.waits.load(Ordering::SeqCst) - before;
-        // Until the order is seen; a block of pointers that is not in memory.
-        assert!(waits <= 2 + FILES / 20, "{waits} waits for {FILES} files");
+        // Until the order is seen: of data, and of pointers.
+        assert!(waits <= 4, "{waits} waits for {FILES} files");
         fs.unmount().unwrap();
     }
 }
