@@ -16,3 +16,5 @@ run() {
 
 run loom -p uext-blockdev -p uext-pagecache -p uext-drive-sys loom
 run shuttle -p uext-pagecache -p uext-jbd2 model
+# The defects that `make models` plants follow the code, or it would show nothing.
+tests/scripts/model-mutants.sh --plantable

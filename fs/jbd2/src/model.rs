@@ -21,6 +21,7 @@ use uext_pagecache::{BufferCache, CacheConfig, PageCache};
 use uext_sync::explore::{below, explore};
 use uext_sync::thread;
 
+use crate::checkpoint::Aim;
 use crate::{
     Handle, Journal, JournalConfig, JournalError, JournalLocation, JournalMap, JournalRun,
     OnDamage, Recovery, Tid,
@@ -109,6 +110,16 @@ fn contents(worker: u64, word: u64) -> Vec<u8> {
 type Result<T> = std::result::Result<T, JournalError>;
 
 impl Toy {
+    /// Begins an update, in no transaction that a commit has locked. (One that turns out empty
+    /// goes on, but here everybody writes.)
+    fn start(&self, credits: u32) -> Result<Handle> {
+        let locked = self.journal.status().committing;
+        let handle = self.journal.start(credits)?;
+        let joined = locked.is_some_and(|(tid, _)| tid == handle.tid());
+        assert!(!joined, "a handle joined transaction {locked:?}");
+        Ok(handle)
+    }
+
     fn add(&self, handle: &Handle, at: u64, by: i64) -> Result<()> {
         let buffer = self.buffers.bread(at).expect("reads do not fail");
         let mut bytes = handle.write(&buffer)?;
@@ -132,7 +143,7 @@ impl Toy {
 
     /// Two updates, in one transaction when it has room.
     fn update_twice(&self, worker: u64, promise: &mut Promise) -> Result<Tid> {
-        let mut handle = self.journal.start(3)?;
+        let mut handle = self.start(3)?;
         self.update(&handle, worker)?;
         promise.count += 1;
         if !handle.extend(3)? {
@@ -155,7 +166,7 @@ impl Toy {
                 .write_at(offset, &data, BioFlags::empty())
                 .map_err(|status| JournalError::io(crate::IoWhat::WriteFs, own, status))?;
         }
-        let handle = self.journal.start(2)?;
+        let handle = self.start(2)?;
         self.add(&handle, WORDS + worker, 1)?;
         if next % 3 == 1 {
             let buffer = self.buffers.getblk(own);
@@ -180,7 +191,7 @@ impl Toy {
             let tid = match below(3) {
                 0 => self.update_twice(worker, &mut promise)?,
                 1 => {
-                    let handle = self.journal.start(3)?;
+                    let handle = self.start(3)?;
                     if below(4) == 0 {
                         handle.set_sync();
                     }
@@ -197,12 +208,19 @@ impl Toy {
         Ok(())
     }
 
+    /// What the background thread does when it needs memory more than space in the log.
+    fn bring_home(&self) -> Result<()> {
+        let committed = self.journal.committed_tid();
+        self.journal.checkpoint(Aim { free: 0, home: Some(committed) })
+    }
+
     /// What the background thread, the flusher and reclaim do.
     fn care(&self, steps: u64) {
         for _ in 0..steps {
             let result = match below(4) {
                 0 => self.journal.commit_old(Duration::ZERO),
-                1 => self.journal.checkpoint(self.journal.background_aim()),
+                1 if below(2) == 0 => self.journal.checkpoint(self.journal.background_aim()),
+                1 => self.bring_home(),
                 2 => {
                     self.buffers.drop_clean();
                     Ok(())
@@ -348,6 +366,58 @@ fn model_an_abort_wakes_everyone_and_keeps_promises() {
                 toy.journal.abort(JournalError::Filesystem(5));
             }))
         });
+    });
+}
+
+/// The disk notices two writes of a block at once: what goes home, and the data of who has the
+/// block next.
+#[test]
+fn model_a_block_on_its_way_home_is_freed_and_used_again() {
+    explore("journal, freed on its way", 1500, || {
+        let toy = toy(1, u32::MAX);
+        let home = toy.clone();
+        let care = thread::spawn(move || (0..4).for_each(|_| home.bring_home().unwrap()));
+        let mut promise = Promise::default();
+        for _ in 0..6 {
+            let tid = toy.use_own(0, &mut promise).unwrap();
+            toy.commit(tid, 0, promise).unwrap();
+        }
+        care.join().unwrap();
+        toy.cut_and_judge();
+        toy.check_credits();
+    });
+}
+
+/// A commit may take long, or for ever on a disk that hangs; who waits for it learns of an abort
+/// at once.
+#[test]
+fn model_an_abort_is_told_to_who_waits_for_a_commit() {
+    explore("journal, abort during a commit", 800, || {
+        let toy = toy(1, u32::MAX);
+        let handle = toy.journal.start(3).unwrap();
+        toy.update(&handle, 0).unwrap();
+        let tid = handle.tid();
+        // One of them commits and waits for the handle, the other waits for that.
+        let done = Arc::new((uext_sync::Mutex::new(0), uext_sync::Condvar::new()));
+        let threads = [(); 2].map(|()| {
+            let (toy, done) = (toy.clone(), done.clone());
+            thread::spawn(move || {
+                assert!(matches!(toy.journal.commit(tid), Err(JournalError::Aborted(_))));
+                *done.0.lock() += 1;
+                done.1.notify_all();
+            })
+        });
+        while toy.journal.status().committing.is_none() {
+            thread::yield_now();
+        }
+        toy.journal.abort(JournalError::Filesystem(5));
+        let mut count = done.0.lock();
+        while *count == 0 {
+            done.1.wait(&mut count);
+        }
+        drop(count);
+        drop(handle);
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
     });
 }
 

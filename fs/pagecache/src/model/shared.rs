@@ -6,11 +6,14 @@
 
 use std::sync::{Arc, Weak};
 
+use uext_blockdev::dm::ModelDisk;
 use uext_sync::explore::{below, explore};
 use uext_sync::thread;
 
 use super::{cache, number, put_number};
-use crate::{AddressSpace, AddressSpaceOps, PageCache, WritebackControl, WritebackError};
+use crate::{
+    AddressSpace, AddressSpaceOps, BufferCache, PageCache, WritebackControl, WritebackError,
+};
 
 /// What the shared page holds.
 const SHARED: u64 = 7;
@@ -72,6 +75,7 @@ impl Model {
         let other = space(&self.cache, 3, &self.ops);
         for index in 0..2 {
             let folio = other.find_or_create(index);
+            assert_eq!(folio.frame().map_count(), 1, "a frame has mappings of its last owner");
             let mut guard = folio.write();
             put_number(&mut guard, 1000 + index);
             thread::yield_now();
@@ -135,13 +139,24 @@ fn model_a_shared_frame_against_reclaim_and_truncate() {
 fn model_a_file_goes_while_reclaim_holds_its_mapping() {
     explore("shared frame, file goes", 2000, || {
         let model = Model::new();
-        let gone = space(&model.cache, 9, &model.ops);
+        let (gone, kept) = (space(&model.cache, 9, &model.ops), &model.files[0]);
         gone.find_or_create(0);
+        let shared = kept.insert_shared(0, &gone.find_or_create(1));
+        let disk = ModelDisk::quiet(vec![0; 4096]);
+        let blocks = BufferCache::new(&model.cache, disk, 1024);
+        blocks.bread(0).unwrap();
         let reclaim = model.clone();
-        let threads =
-            [thread::spawn(move || reclaim.cache.drop_clean()), thread::spawn(move || drop(gone))];
+        let threads = [
+            thread::spawn(move || reclaim.cache.drop_clean()),
+            thread::spawn(move || drop(gone)),
+            thread::spawn(move || drop(blocks)),
+        ];
         model.reuse();
         threads.into_iter().for_each(|thread| thread.join().unwrap());
+        model.reuse();
+        assert_eq!(shared.frame().map_count(), 1, "a file that is gone maps a frame");
+        drop(shared);
+        kept.truncate(0);
         assert_eq!(model.cache.stats().used_bytes, 0, "a frame was leaked");
     });
 }
