@@ -67,8 +67,10 @@ impl Ext4 {
             let is_small = other.kind == FileKind::Regular && pages_of(&other) <= MOST_FILE_PAGES;
             (is_small && other.mapping.nr_pages() == 0).then_some(other)
         };
-        // All that says where they lie first, so that it is waited for once.
+        // All that says where they lie first, so that it is waited for once. Who frees such a
+        // block reads it before, and so waits for what has begun here.
         for other in files.iter().filter_map(wanted) {
+            let Some(_shared) = other.rwsem.try_read() else { continue };
             for node in self.map_nodes(&other) {
                 self.buffers.readahead(node.0, 1);
             }
